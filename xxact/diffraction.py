@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['D_MIN', 'D_MAX', 'WEAKEST', 'WAVELENGTHS', 'CU_KA', 'TWO_THETA', 'N_WINDOWS', 'WINDOW_POINTS', 'LN_Q', 'WINDOW',
-           'WINDOW_FWHM', 'N_PEAKS', 'RESOLUTION', 'WEAKEST_PEAK', 'scattering_coefficients', 'scattering_factor',
-           'reflections', 'structure_reflections', 'two_theta_of', 'ln_q_of', 'lorentz_polarisation', 'Reflections',
-           'batch_reflections', 'draw', 'render', 'window_pattern', 'Peaks', 'peaks']
+           'WINDOW_FWHM', 'N_PEAKS', 'RESOLUTION', 'WEAKEST_PEAK', 'AUGMENTATIONS', 'scattering_coefficients',
+           'scattering_factor', 'reflections', 'structure_reflections', 'two_theta_of', 'ln_q_of',
+           'lorentz_polarisation', 'Reflections', 'batch_reflections', 'draw', 'render', 'window_pattern', 'Peaks',
+           'peaks', 'Augmentation', 'perturb']
 
 # %% ../nbs/01_diffraction.ipynb #661133a3
 import math
@@ -265,3 +266,29 @@ def _visible(ln_q: Tensor, visible: Tensor, row: Tensor) -> Tensor:
     flat = torch.cat([visible, visible[:1]])  # row n is a dummy
     place = [((ln_q + side * WINDOW_FWHM - LN_Q[0]) / WINDOW).long().clamp(0, N_WINDOWS - 1) for side in (-1, 0, 1)]
     return flat[row, place[0]] & flat[row, place[1]] & flat[row, place[2]]
+
+# %% ../nbs/01_diffraction.ipynb #d838879c
+class Augmentation(NamedTuple):
+    "How strongly samples differ; the widths of the distributions that `perturb` draws from."
+
+    strain: float = 0.0  # of the whole cell, standard deviation of ln d
+    shift: float = 0.0  # of single lines, standard deviation of ln d
+    texture: float = 0.0  # standard deviation of the ln of each intensity
+    loss: float = 0.0  # share of the reflections that are lost
+
+
+AUGMENTATIONS = dict(ideal=Augmentation(), lab=Augmentation(strain=1e-3, shift=2e-4, texture=0.2, loss=0.05))
+
+
+def perturb(
+    r: Reflections,
+    a: Augmentation,
+    generator: torch.Generator,  # on the CPU
+) -> Reflections:
+    "Reflections of another sample of the same materials; the strongest of each is never lost."
+    if a == Augmentation(): return r
+    m, device = len(r.ln_d), r.ln_d.device
+    draw = lambda n: torch.randn(n, generator=generator).to(device)
+    ln_d = r.ln_d + a.strain * draw(r.n)[r.row] + a.shift * draw(m)
+    keep = (torch.rand(m, generator=generator).to(device) >= a.loss) | (r.intensity >= 1 - 1e-4)
+    return r._replace(ln_d=ln_d, intensity=r.intensity * (a.texture * draw(m)).exp() * keep)

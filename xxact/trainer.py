@@ -6,7 +6,7 @@
 __all__ = ['RECIPE', 'Supervised', 'Pretraining', 'draws', 'batch_indices', 'learning_rate', 'pick_device', 'Log', 'read_log',
            'train', 'averaged', 'Predictions', 'predict', 'run_id']
 
-# %% ../nbs/09_trainer.ipynb #e6339abc
+# %% ../nbs/09_trainer.ipynb #17c3e68d
 import hashlib
 import json
 import math
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .contrastive import Alignment
-from .diffraction import window_pattern
+from .diffraction import AUGMENTATIONS, perturb, window_pattern
 from .fusion import SIZES, XxaCT, choose, drop_modalities
 from .materials import Batch, MaterialSet, crystal_system
 from .mxm import MXMDecoder, hide_windows, last_token, scored_windows, window_errors
 
-# %% ../nbs/09_trainer.ipynb #ca137c7d
+# %% ../nbs/09_trainer.ipynb #d0797b40
 class Supervised(nn.Module):
     "Properties and symmetry, from labels where there are some."
 
@@ -37,15 +37,18 @@ class Supervised(nn.Module):
         model: XxaCT,
         symmetry_weight: float = 0.5,  # of the crystal system's cross-entropy; the space group's has half of it
         modality_dropout: float = 0.0,  # share of materials that lose each of the two modalities
+        augment: str = "lab",  # how samples differ from the calculation: ideal (not at all) or lab
     ):
         super().__init__()
-        self.model, self.symmetry_weight, self.modality_dropout = model, symmetry_weight, modality_dropout
+        choose("augment", augment, tuple(AUGMENTATIONS))
+        self.model, self.symmetry_weight, self.modality_dropout, self.augment = model, symmetry_weight, modality_dropout, augment
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         "Losses of a batch; `loss` is their weighted sum."
         keep = None
         if self.model.config["modalities"] == "both" and self.modality_dropout:
             keep = drop_modalities(len(batch.composition), self.modality_dropout, generator).to(batch.composition.device)
+        batch = batch._replace(reflections=perturb(batch.reflections, AUGMENTATIONS[self.augment], generator))
         out = self.model(batch, keep)
         truth = self.model.standardise(batch.targets)
         known = truth.isfinite()
