@@ -25,7 +25,7 @@ def hide_windows(
     hidden = max(1, min(N_WINDOWS - 1, round(share * N_WINDOWS)))
     return torch.rand(n, N_WINDOWS, generator=generator).argsort(1) >= hidden
 
-# %% ../nbs/07_mxm.ipynb #3b3003ed
+# %% ../nbs/07_mxm.ipynb #211c9f47
 class MXMDecoder(nn.Module):
     "From visible tokens to the pattern in every window."
 
@@ -38,6 +38,7 @@ class MXMDecoder(nn.Module):
         self.query = nn.Linear(2 * len(self.frequencies), s.width)
         self.blocks = nn.ModuleList(Block(s.width, s.heads) for _ in range(depth))
         self.out = nn.Sequential(nn.LayerNorm(s.width), nn.Linear(s.width, WINDOW_POINTS))
+        nn.init.zeros_(self.out[1].weight)  # the first guess is an empty pattern
 
     def forward(
         self,

@@ -461,9 +461,10 @@ def reproduce(
         done.append(copy)
     return done
 
-# %% ../nbs/12_reproduce.ipynb #29b43471
-SHOWN = {"formation_energy_per_atom/mae": "e_form (eV/atom)", "band_gap/mae": "gap (eV)", "lattice_energy_per_atom/mae": "E_lattice (eV/atom)",
-         "volume_per_atom/mae_ln": "ln volume", "crystal_system/accuracy": "crystal system", "space_group/accuracy": "space group"}
+# %% ../nbs/12_reproduce.ipynb #275d199d
+SHOWN = {"formation_energy_per_atom/mae": "formation energy (eV/atom)", "band_gap/mae": "band gap (eV)",
+         "lattice_energy_per_atom/mae": "lattice energy (eV/atom)", "volume_per_atom/mae_ln": "ln volume",
+         "crystal_system/accuracy": "crystal system", "space_group/accuracy": "space group"}
 
 
 def results_table(
@@ -515,7 +516,7 @@ def conditions(
 
 BLOCKS = dict(results=results_table, conditions=conditions)
 
-# %% ../nbs/12_reproduce.ipynb #08fc2b39
+# %% ../nbs/12_reproduce.ipynb #51bfdf18
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `xxact`. Ends with 2 and one line for input that cannot work."
     parser = argparse.ArgumentParser("xxact", description="Crystal properties and symmetry from composition and powder XRD.")
@@ -536,7 +537,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = p.add_parser("card", help="counts, nulls, ranges, polymorph floor, near-duplicates")
     p.add_argument("table", metavar="TABLE")
     commands.add_parser("readme", help="fill the generated blocks of README.md")
-    a = parser.parse_args(arguments)
+    a, rest = parser.parse_known_args(arguments)
+    if rest and (a.command != "reproduce" or any(r.startswith("-") for r in rest)): parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if a.command == "reproduce": a.parameters += rest  # NAME=VALUE may stand between options
     try: return dict(reproduce=_reproduce, prepare=_prepare, data=_card, readme=_readme)[a.command](a)
     except (ValueError, OSError) as e: print(f"xxact: {e}", file=sys.stderr); return 2
     except (NotebookFailed, RuntimeError) as e: print(f"xxact: {e}", file=sys.stderr); return 1
@@ -587,3 +590,5 @@ def _card(a: argparse.Namespace) -> int:
 def _readme(a: argparse.Namespace) -> int:
     print("filled:", ", ".join(update_readme(project_root())) or "no blocks")
     return 0
+
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -1,0 +1,116 @@
+"The experiment notebooks, small; the runner; and the command line."
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import polars as pl
+import pytest
+
+from xxact.reproduce import NotebookFailed, main, parameters, reproduce, results_table, update_readme
+
+ROOT = Path(__file__).parents[1]
+TINY = dict(dataset="prototypes:240", epochs="1", pretrain_epochs="1", batch_size="16", pretrain_batch_size="16")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    "The notebooks and settings, in a folder of their own."
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "nbs/experiments", folder / "nbs/experiments", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for name in ("settings.ini", "README.md"): shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(clone, monkeypatch): monkeypatch.chdir(clone)
+
+
+def test_notebooks_run_and_are_not_repeated(clone, capsys):
+    copies = reproduce("smoke", **TINY)
+    assert [c.name for c in copies] == ["01_data.ipynb", "02_pretrain.ipynb", "03_finetune.ipynb"]
+    for c in copies:
+        assert c.exists() and c.with_suffix(".html").stat().st_size > 10_000
+        assert not [o for cell in nbformat.read(c, 4).cells if cell.cell_type == "code" for o in cell.outputs if o.output_type == "error"]
+    pictures = sorted((clone / "figures/smoke").glob("*.png"))
+    assert len(pictures) >= 7 and all(p.with_suffix(".csv").exists() for p in pictures)
+    rows = pl.read_parquet(clone / "figures/smoke/runs.parquet")
+    assert rows["experiment"].to_list() == ["pretrain"] + ["finetune"] * 4
+    for run in rows.iter_rows(named=True):
+        folder = clone / "runs" / run["experiment"] / run["id"]
+        needed = {"params.json", "log.jsonl", "model.safetensors", "results.json"}
+        assert needed <= {p.name for p in folder.iterdir()} and not (folder / "state.pt").exists()
+    results = pl.read_csv(clone / "figures/smoke/results.csv")
+    predictions = pl.read_parquet(clone / "runs/finetune" / results["id"][-1] / "predictions.parquet")
+    mae = (predictions["volume_per_atom"] - predictions["volume_per_atom_predicted"]).abs().mean()
+    assert mae == pytest.approx(results["volume_per_atom/mae"][-1], rel=1e-4)
+    assert "| both-pretrained |" in results_table("smoke", clone)
+    capsys.readouterr()
+    times = [c.stat().st_mtime_ns for c in copies]
+    assert main(["reproduce", *(f"{k.upper()}={v}" for k, v in TINY.items())]) == 0
+    shown = capsys.readouterr().out
+    assert [c.stat().st_mtime_ns for c in copies] == times and shown.count("nothing has changed") == 3 and "| dummy |" in shown
+
+
+def test_failing_notebook_stops_the_run(clone):
+    bad = clone / "nbs/experiments/00_fails.ipynb"
+    cells = [nbformat.v4.new_code_cell("profile = 'smoke'", metadata=dict(tags=["parameters"])), nbformat.v4.new_code_cell("1 / 0")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3"))), bad)
+    try:
+        expected = "(?s)00_fails.ipynb, cell.*ZeroDivisionError: division by zero.*executed copy: .*00_fails.ipynb"
+        with pytest.raises(NotebookFailed, match=expected): reproduce("smoke", ["00_fails"])
+    finally: bad.unlink()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["reproduce", "PROFILE=huge"], "profile='huge' does not exist; choose from smoke, laptop"),
+    (["reproduce", "EPOCH=3"], "did you mean 'epochs'?"),
+    (["reproduce", "EPOCHS=many"], "epochs='many' must be a whole number"),
+    (["reproduce", "--only", "99_none"], "choose from 01_data"),
+    (["reproduce", "epochs"], "write NAME=VALUE"),
+    (["prepare", "missing.csv", "--out", "t.parquet"], "missing.csv: no such file"),
+    (["data", "card", "missing.parquet"], "does not exist; `xxact prepare"),
+    (["data", "card", "settings.ini"], "is not a Parquet table"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
+    out = subprocess.run([sys.executable, "-m", "xxact.reproduce", *arguments], capture_output=True, text=True)
+    assert out.returncode == 2
+    assert message in out.stderr and len(out.stderr.strip().splitlines()) == 1 and out.stderr.startswith("xxact: ")
+
+
+def test_help_lists_profiles_experiments_and_parameters(capsys):
+    with pytest.raises(SystemExit) as stopped: main(["reproduce", "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for word in ("smoke", "laptop", "gpu", "paper", "01_data", "02_pretrain", "03_finetune", "mask_share=0.4", "modality_dropout=0.0"): assert word in shown
+
+
+def test_prepare_and_card(clone, capsys):
+    assert main(["prepare", "prototypes:30", "--out", "table.parquet"]) == 0
+    assert "entries: 30" in capsys.readouterr().out
+    assert main(["data", "card", "table.parquet"]) == 0
+    assert "Composition floor" in capsys.readouterr().out
+
+
+def test_defaults_are_the_smoke_profile():
+    for name, params in parameters(ROOT, "smoke", {}).items():
+        assert params["profile"] == "smoke" and params["dataset"] == "prototypes:2400", name
+
+
+def test_readme_says_what_the_files_say(tmp_path):
+    shutil.copytree(ROOT / "figures", tmp_path / "figures")
+    shutil.copy(ROOT / "README.md", tmp_path / "README.md")
+    assert update_readme(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `make readme`"
+
+
+def test_readme_example_runs(tmp_path, monkeypatch):
+    import re
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"<!-- example -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert len(example.strip().splitlines()) <= 12
+    scope: dict = {}
+    exec(example, scope)
+    assert json.dumps(list(map(float, scope["output"].targets[0]))) and scope["output"].crystal_system.shape == (1, 7)

@@ -1,0 +1,87 @@
+"What the model must do with any input: order, padding, missing labels, missing modalities."
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xxact.composition import N_ELEMENTS, SYMBOLS, composition_key, formula_amounts, parse_formula, reduced_formula, split_of, tokens
+from xxact.encoders import CompositionEncoder, pool
+from xxact.fusion import FUSIONS, XxaCT, load_model, save_model, start_from
+from xxact.materials import MaterialSet
+from xxact.reproduce import load_table
+from xxact.trainer import Supervised, draws, predict
+
+amounts = st.dictionaries(st.sampled_from(SYMBOLS[1:]), st.integers(1, 30), min_size=1, max_size=20)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return MaterialSet.from_table(load_table("prototypes:48", cache=tmp_path_factory.mktemp("data")), ["volume_per_atom", "lattice_energy_per_atom"])
+
+
+@given(amounts, st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
+def test_composition_knows_no_order_and_no_unit(a, k):
+    written = "".join(f"{s}{n * k}" for s, n in reversed(a.items()))
+    assert composition_key(written) == composition_key(reduced_formula(a)) == composition_key("".join(f"{s}{n}" for s, n in a.items()))
+    z, f = parse_formula(written)
+    assert list(z) == sorted(z) and abs(f.sum() - 1) < 1e-5 and formula_amounts(written).keys() == a.keys()
+    assert split_of(composition_key(written)) in ("train", "val", "test")
+
+
+@given(amounts)
+@settings(max_examples=20, deadline=None)
+def test_encoder_is_order_invariant_and_exact_to_20_elements(a):
+    torch.manual_seed(0)
+    encoder = CompositionEncoder(32, 2, 2).eval()
+    z, f = (torch.from_numpy(t)[None] for t in tokens(a))
+    order = torch.randperm(z.shape[1])
+    padded = [torch.nn.functional.pad(t[:, order], (0, 20 - z.shape[1])) for t in (z.long(), f)]
+    with torch.no_grad(): assert torch.allclose(pool(encoder(z.long(), f)), pool(encoder(*padded)), atol=1e-4)
+
+
+def test_too_many_elements():
+    with pytest.raises(ValueError, match="at most 20"): tokens(dict.fromkeys(SYMBOLS[1:22], 1.0))
+    assert len(SYMBOLS) == N_ELEMENTS + 1
+
+
+@pytest.mark.parametrize("modalities, fusion", [("both", f) for f in FUSIONS] + [("composition", "cross"), ("xrd", "cross")])
+@pytest.mark.parametrize("tokeniser", ["peaks", "patches"])
+def test_unknown_labels_weigh_nothing(data, modalities, fusion, tokeniser):
+    torch.manual_seed(0)
+    model = XxaCT("nano", modalities, fusion, tokeniser, data.target_names)
+    model.fit_scale(data.targets)
+    objective, batch = Supervised(model, augment="ideal").eval(), data.batch(torch.arange(8))
+    some = batch.targets.clone()
+    some[:4] = math.nan
+    labels = torch.where(torch.arange(8) < 4, 0, batch.space_group)
+    losses = objective.loss(batch._replace(targets=some, space_group=labels), draws(0, 0))
+    rest = objective.loss(data.batch(torch.arange(4, 8)), draws(0, 0))
+    for k in losses: assert torch.allclose(losses[k], rest[k], atol=1e-4), k
+    nothing = objective.loss(batch._replace(targets=some * math.nan, space_group=labels * 0), draws(0, 0))
+    assert nothing["loss"] == 0
+
+
+def test_dropped_modality_cannot_be_seen(data):
+    torch.manual_seed(0)
+    model = XxaCT("nano", targets=data.target_names).eval()
+    other = data.batch(torch.arange(8, 16))
+    batch = data.batch(torch.arange(8))
+    mixed = batch._replace(reflections=other.reflections)
+    only = torch.tensor([[True, False]] * 8)
+    with torch.no_grad():
+        assert torch.allclose(model(batch, only).targets, model(mixed, only).targets, atol=1e-5)
+        assert not torch.allclose(model(batch).targets, model(mixed).targets, atol=1e-3)
+
+
+def test_weights(tmp_path, data):
+    model = XxaCT("nano", targets=data.target_names)
+    save_model(model, tmp_path / "m.safetensors")
+    index = torch.arange(10)
+    assert (predict(load_model(tmp_path / "m.safetensors"), data, index).targets == predict(model, data, index).targets).all()
+    with pytest.raises(ValueError, match="size=nano, the model size=small"): start_from(XxaCT("small"), tmp_path / "m.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "m.safetensors").read_bytes()[:5000])
+    for bad in ("cut.safetensors", "none.safetensors"):
+        with pytest.raises(ValueError, match="holds no xxact weights"): load_model(tmp_path / bad)
