@@ -7,11 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xxact.composition import N_ELEMENTS, SYMBOLS, composition_key, formula_amounts, parse_formula, reduced_formula, split_of, tokens
+from xxact.diffraction import LN_Q, N_WINDOWS, WINDOW
 from xxact.encoders import CompositionEncoder, pool
 from xxact.fusion import FUSIONS, XxaCT, load_model, save_model, start_from
 from xxact.materials import MaterialSet
+from xxact.mxm import hide_windows
 from xxact.reproduce import load_table
-from xxact.trainer import Supervised, draws, predict
+from xxact.trainer import Pretraining, Supervised, draws, predict
 
 amounts = st.dictionaries(st.sampled_from(SYMBOLS[1:]), st.integers(1, 30), min_size=1, max_size=20)
 
@@ -85,3 +87,20 @@ def test_weights(tmp_path, data):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "m.safetensors").read_bytes()[:5000])
     for bad in ("cut.safetensors", "none.safetensors"):
         with pytest.raises(ValueError, match="holds no xxact weights"): load_model(tmp_path / bad)
+
+
+@pytest.mark.parametrize("tokeniser", ["peaks", "patches"])
+@given(st.integers(0, 10**6), st.floats(0.1, 0.9))
+@settings(max_examples=10, deadline=None)
+def test_hidden_windows_cannot_be_seen(data, tokeniser, seed, share):
+    torch.manual_seed(0)
+    objective = Pretraining(XxaCT("nano", tokeniser=tokeniser), 1.0).eval()
+    batch, visible = data.batch(torch.arange(8)), hide_windows(8, share, draws(seed, 0))
+    r = batch.reflections
+    place = ((math.log(2 * math.pi) - r.ln_d - LN_Q[0]) / WINDOW).long()
+    hidden = (place >= 0) & (place < N_WINDOWS) & ~visible[r.row, place.clamp(0, N_WINDOWS - 1)]
+    noise = torch.rand(len(hidden), generator=draws(seed, 1)) * 5
+    other = batch._replace(reflections=r._replace(intensity=torch.where(hidden, r.intensity * noise, r.intensity)))
+    with torch.no_grad(): a, b = objective.reconstruct(batch, visible), objective.reconstruct(other, visible)
+    assert torch.allclose(a[0], b[0], atol=1e-5) and torch.equal(a[1], b[1])
+    assert not (a[1] & visible).any()

@@ -7,7 +7,7 @@ __all__ = ['D_MIN', 'D_MAX', 'WEAKEST', 'WAVELENGTHS', 'CU_KA', 'TWO_THETA', 'N_
            'WINDOW_FWHM', 'N_PEAKS', 'RESOLUTION', 'WEAKEST_PEAK', 'AUGMENTATIONS', 'scattering_coefficients',
            'scattering_factor', 'reflections', 'structure_reflections', 'two_theta_of', 'ln_q_of',
            'lorentz_polarisation', 'Reflections', 'batch_reflections', 'draw', 'render', 'window_pattern', 'Peaks',
-           'peaks', 'Augmentation', 'perturb']
+           'peaks', 'hide', 'Augmentation', 'perturb']
 
 # %% ../nbs/01_diffraction.ipynb #661133a3
 import math
@@ -219,7 +219,7 @@ def window_pattern(
              LN_Q[0] + step / 2, step, N_WINDOWS * points, fwhm)
     return (y / y.amax(1, keepdim=True).clamp(min=1e-12)).sqrt().view(r.n, N_WINDOWS, points)
 
-# %% ../nbs/01_diffraction.ipynb #7509d650
+# %% ../nbs/01_diffraction.ipynb #d8f6f7c3
 N_PEAKS, RESOLUTION, WEAKEST_PEAK = 48, 0.02, 3e-3
 
 
@@ -227,7 +227,7 @@ class Peaks(NamedTuple):
     "Peaks of a batch, lowest angle first, padded with intensity 0."
 
     ln_q: Tensor  # (n, k)
-    intensity: Tensor  # (n, k), strongest of the whole pattern 1; 0 is padding
+    intensity: Tensor  # (n, k), strongest peak within the model's range 1; 0 is padding
     limits: Tensor  # (n, 2) ln q where the measurement begins and ends
 
 
@@ -236,7 +236,6 @@ def peaks(
     n_peaks: int = N_PEAKS,
     resolution: float = RESOLUTION,  # reflections in one bin of this many degrees 2θ (Cu Kα) are one peak
     weakest: float = WEAKEST_PEAK,  # share of the strongest peak
-    visible: Tensor | None = None,  # (n, N_WINDOWS) bool: peaks in other windows, or one peak width from them, are hidden
 ) -> Peaks:
     "The peaks of lowest angle of each material within the model's range."
     device, n, d = r.ln_d.device, r.n, r.ln_d.exp()
@@ -252,7 +251,6 @@ def peaks(
     strongest = torch.zeros(n + 1, device=device).scatter_reduce_(0, row, area, "amax")
     intensity = area / strongest[row].clamp(min=1e-30)
     keep = (intensity >= weakest) & (row < n)
-    if visible is not None: keep &= _visible(ln_q, visible, row)
     rank = keep.long().cumsum(0) - 1
     before = torch.zeros(n + 1, dtype=torch.long, device=device).index_add_(0, row, keep.long())
     rank -= (before.cumsum(0) - before)[row]
@@ -260,12 +258,16 @@ def peaks(
     out = [torch.zeros(n * n_peaks + 1, device=device).scatter_(0, slot, v)[:-1].view(n, n_peaks) for v in (ln_q, intensity)]
     return Peaks(*out, torch.tensor(LN_Q, device=device).expand(n, 2))
 
-
-def _visible(ln_q: Tensor, visible: Tensor, row: Tensor) -> Tensor:
-    "Whether each peak and both its flanks, one peak width away, lie in visible windows."
-    flat = torch.cat([visible, visible[:1]])  # row n is a dummy
-    place = [((ln_q + side * WINDOW_FWHM - LN_Q[0]) / WINDOW).long().clamp(0, N_WINDOWS - 1) for side in (-1, 0, 1)]
-    return flat[row, place[0]] & flat[row, place[1]] & flat[row, place[2]]
+# %% ../nbs/01_diffraction.ipynb #530980e4
+def hide(
+    r: Reflections,
+    visible: Tensor,  # (n, N_WINDOWS) bool
+) -> Reflections:
+    "Reflections with intensity 0 in hidden windows and one peak width around them."
+    ln_q = math.log(2 * math.pi) - r.ln_d
+    place = (((ln_q + side * WINDOW_FWHM - LN_Q[0]) / WINDOW).long().clamp(0, N_WINDOWS - 1) for side in (-1, 0, 1))
+    seen = torch.stack([visible[r.row, p] for p in place]).all(0)
+    return r._replace(intensity=r.intensity * seen)
 
 # %% ../nbs/01_diffraction.ipynb #d838879c
 class Augmentation(NamedTuple):

@@ -6,7 +6,7 @@
 __all__ = ['TOKENISERS', 'waves', 'geometric', 'Rotary', 'rotary', 'Block', 'Tokens', 'pool', 'CompositionEncoder', 'PeakTokens',
            'PatchTokens', 'XRDEncoder']
 
-# %% ../nbs/05_encoders.ipynb #5a0cc893
+# %% ../nbs/05_encoders.ipynb #4038124c
 import math
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .composition import N_ELEMENTS, element_descriptors
-from .diffraction import LN_Q, N_PEAKS, N_WINDOWS, WINDOW, Peaks, Reflections, peaks, window_pattern
+from .diffraction import LN_Q, N_PEAKS, N_WINDOWS, WINDOW, Peaks, Reflections, hide, peaks, window_pattern
 
 # %% ../nbs/05_encoders.ipynb #e32399e9
 def waves(
@@ -126,7 +126,7 @@ class CompositionEncoder(nn.Module):
         for block in self.blocks: x = block(x, mask)
         return Tokens(self.norm(x), mask)
 
-# %% ../nbs/05_encoders.ipynb #c5b1210f
+# %% ../nbs/05_encoders.ipynb #e91219ba
 class PeakTokens(nn.Module):
     "Peaks as tokens, with the limits of the measurement as two more."
 
@@ -138,9 +138,10 @@ class PeakTokens(nn.Module):
         self.limit = nn.Parameter(torch.randn(2, width) * 0.02)
 
     def forward(self, r: Reflections, visible: Tensor | None = None) -> Tokens:
-        return self.tokens(peaks(r, self.n_peaks, visible=visible))
+        return self.tokens(peaks(r, self.n_peaks))
 
     def tokens(self, p: Peaks) -> Tokens:
+        "Tokens of a list of peaks, from whatever it was made."
         ln_q = torch.cat([p.limits, p.ln_q], 1)
         i = F.pad(p.intensity, (2, 0))[..., None]
         x = self.content(torch.cat([waves(ln_q, self.frequencies), i, i.sqrt(), (i + 1e-4).log() / 9], -1))
@@ -164,7 +165,7 @@ class PatchTokens(nn.Module):
         ln_q = self.ln_q.expand(r.n, -1)
         if visible is None: return Tokens(x, torch.ones_like(ln_q, dtype=torch.bool), ln_q)
         mask = visible.repeat_interleave(2, 1)
-        kept = mask.long().argsort(1, descending=True, stable=True)[:, : int(mask.sum(1).max())]  # hidden tokens are dropped
+        kept = mask.sort(dim=1, descending=True, stable=True).indices[:, : int(mask.sum(1).max())]  # hidden tokens are dropped
         return Tokens(x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1])), mask.gather(1, kept), ln_q.gather(1, kept))
 
 
@@ -187,7 +188,7 @@ class XRDEncoder(nn.Module):
         r: Reflections,
         visible: Tensor | None = None,  # (n, N_WINDOWS) bool; tokens of hidden windows are never made
     ) -> Tokens:
-        t = self.tokenise(r, visible)
+        t = self.tokenise(r if visible is None else hide(r, visible), visible)
         turn, x = rotary(t.ln_q, self.head_width), t.x
         for block in self.blocks: x = block(x, t.mask, turn=turn)
         return Tokens(self.norm(x), t.mask, t.ln_q)

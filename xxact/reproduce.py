@@ -101,7 +101,7 @@ def parameters(
     return {name: d | {k: parse_value(k, changed[k], d[k]) for k in d if k in changed} | dict(profile=profile)
             for name, d in known.items() if not only or name in only}
 
-# %% ../nbs/12_reproduce.ipynb #0553b8af
+# %% ../nbs/12_reproduce.ipynb #937e2085
 def load_table(
     dataset: str,  # prototypes:N, a material table, or a source that can be prepared
     source: str = "",  # keep only these sources, comma-separated; empty: all
@@ -114,7 +114,7 @@ def load_table(
 
     path = Path(dataset)
     if not (path.is_dir() and any(path.glob("*.parquet"))) and not (path.suffix == ".parquet" and _is_material_table(path)):
-        stamp = hashlib.sha256(json.dumps([_stamp(dataset), d_min, RECIPE]).encode()).hexdigest()[:8]
+        stamp = hashlib.sha256(json.dumps([_stamp(dataset), d_min, __version__]).encode()).hexdigest()[:8]
         path = Path(cache or project_root() / "data") / f"{path.name.replace(':', '-')}-{stamp}.parquet"
         if not path.exists(): prepare([dataset], path, d_min=d_min)
     df = read_table(path)
@@ -374,7 +374,7 @@ def dummy_scores(data: MaterialSet) -> dict[str, float]:
     index = data.indices("test")
     return scores(dummy(data, data.indices("train"), len(index)), data, index)
 
-# %% ../nbs/12_reproduce.ipynb #f6455a6c
+# %% ../nbs/12_reproduce.ipynb #3bf1165c
 class NotebookFailed(RuntimeError): "A notebook that did not run to its end."
 
 
@@ -390,7 +390,7 @@ def run_notebook(
 
     import papermill
     from nbconvert import HTMLExporter
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     out.mkdir(parents=True, exist_ok=True)
     copy = out / notebook.name
