@@ -301,7 +301,7 @@ def pretraining_scores(
             result |= {f"{name}_{k}": v for k, v in retrieval(query, pool, data.composition[index]).items()}
     return result
 
-# %% ../nbs/12_reproduce.ipynb #c328cbe4
+# %% ../nbs/12_reproduce.ipynb #4114a285
 def finetune(
     data: MaterialSet,
     folder: Path,  # runs/<experiment>
@@ -310,7 +310,7 @@ def finetune(
     size: str = "small",
     tokeniser: str = "peaks",
     fusion: str = "cross",
-    symmetry_weight: float = 0.5,
+    symmetry_weight: float = 0.75,
     modality_dropout: float = 0.0,
     augment: str = "lab",
     epochs: int = 8,

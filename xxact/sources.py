@@ -10,7 +10,7 @@ __all__ = ['COLUMNS', 'RECOGNISED', 'SOURCES', 'CHUNK', 'THREADS', 'read_targets
            'read_source', 'prepare_chunk', 'prepare_all', 'cores', 'count_entries', 'prepare', 'with_keys',
            'composition_floor', 'near_duplicates', 'markdown_table', 'data_card']
 
-# %% ../nbs/04_sources.ipynb #4fa658a4
+# %% ../nbs/04_sources.ipynb #a6e79be1
 import bz2
 import csv
 import functools
@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import __version__
 from .composition import ATOMIC_NUMBER, SYMBOLS, composition_key, reduced_formula

@@ -6,7 +6,7 @@
 __all__ = ['RECIPE', 'Supervised', 'Pretraining', 'draws', 'batch_indices', 'learning_rate', 'pick_device', 'Log', 'read_log',
            'train', 'averaged', 'Predictions', 'predict', 'run_id']
 
-# %% ../nbs/09_trainer.ipynb #17c3e68d
+# %% ../nbs/09_trainer.ipynb #45e03a18
 import hashlib
 import json
 import math
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .contrastive import Alignment
 from .diffraction import AUGMENTATIONS, perturb, window_pattern
@@ -28,14 +28,14 @@ from .fusion import SIZES, XxaCT, choose, drop_modalities
 from .materials import Batch, MaterialSet, crystal_system
 from .mxm import MXMDecoder, hide_windows, last_token, scored_windows, window_errors
 
-# %% ../nbs/09_trainer.ipynb #d0797b40
+# %% ../nbs/09_trainer.ipynb #8985b6ac
 class Supervised(nn.Module):
     "Properties and symmetry, from labels where there are some."
 
     def __init__(
         self,
         model: XxaCT,
-        symmetry_weight: float = 0.5,  # of the crystal system's cross-entropy; the space group's has half of it
+        symmetry_weight: float = 0.75,  # of the crystal system's cross-entropy; the space group's has half of it
         modality_dropout: float = 0.0,  # share of materials that lose each of the two modalities
         augment: str = "lab",  # how samples differ from the calculation: ideal (not at all) or lab
     ):
@@ -57,7 +57,8 @@ class Supervised(nn.Module):
         system, group = crystal_system(batch.space_group), batch.space_group - 1
         losses["crystal_system"] = _cross_entropy(out.crystal_system, system)
         losses["space_group"] = _cross_entropy(out.space_group, group)
-        return losses | dict(loss=per_target.sum() + self.symmetry_weight * (losses["crystal_system"] + 0.5 * losses["space_group"]))
+        symmetry = losses["crystal_system"] + 0.5 * losses["space_group"]
+        return losses | dict(loss=per_target.sum() / max(1, len(per_target)) + self.symmetry_weight * symmetry)
 
 
 def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
