@@ -1,8 +1,10 @@
 "The experiment notebooks, small; the runner; and the command line."
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -29,7 +31,7 @@ def inside(clone, monkeypatch): monkeypatch.chdir(clone)
 
 
 def test_notebooks_run_and_are_not_repeated(clone, capsys):
-    copies = reproduce("smoke", **TINY)
+    copies = reproduce("smoke", overrides=TINY)
     assert [c.name for c in copies] == ["01_data.ipynb", "02_pretrain.ipynb", "03_finetune.ipynb"]
     for c in copies:
         assert c.exists() and c.with_suffix(".html").stat().st_size > 10_000
@@ -56,7 +58,8 @@ def test_notebooks_run_and_are_not_repeated(clone, capsys):
 
 def test_failing_notebook_stops_the_run(clone):
     bad = clone / "nbs/experiments/00_fails.ipynb"
-    cells = [nbformat.v4.new_code_cell("profile = 'smoke'", metadata=dict(tags=["parameters"])), nbformat.v4.new_code_cell("1 / 0")]
+    source = "profile = 'smoke'\ndataset = 'prototypes:30'"
+    cells = [nbformat.v4.new_code_cell(source, metadata=dict(tags=["parameters"])), nbformat.v4.new_code_cell("1 / 0")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3"))), bad)
     try:
         expected = "(?s)00_fails.ipynb, cell.*ZeroDivisionError: division by zero.*executed copy: .*00_fails.ipynb"
@@ -70,6 +73,14 @@ def test_failing_notebook_stops_the_run(clone):
     (["reproduce", "EPOCHS=many"], "epochs='many' must be a whole number"),
     (["reproduce", "--only", "99_none"], "choose from 01_data"),
     (["reproduce", "epochs"], "write NAME=VALUE"),
+    (["reproduce", "ONLY=01_data"], "no experiment has a parameter 'only'"),
+    (["reproduce", "SIZE=medium"], "size='medium' does not exist; choose from nano"),
+    (["reproduce", "BATCH_SIZE=0"], "batch_size=0 must be at least 1"),
+    (["reproduce", "SEEDS=0,x"], "must be whole numbers"),
+    (["reproduce", "MODELS=all"], "choose from composition, xrd"),
+    (["reproduce", "DATASET=nowhere.parquet"], "nowhere.parquet: no such file"),
+    (["reproduce", "DATASET=prototypes:30", "TARGETS=band_gap"], "target='band_gap' does not exist; choose from density"),
+    (["prepare", "prototypes:30", "--out", "."], "give the name of a new Parquet file"),
     (["prepare", "missing.csv", "--out", "t.parquet"], "missing.csv: no such file"),
     (["data", "card", "missing.parquet"], "does not exist; `xxact prepare"),
     (["data", "card", "settings.ini"], "is not a Parquet table"),
@@ -78,6 +89,23 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
     out = subprocess.run([sys.executable, "-m", "xxact.reproduce", *arguments], capture_output=True, text=True)
     assert out.returncode == 2
     assert message in out.stderr and len(out.stderr.strip().splitlines()) == 1 and out.stderr.startswith("xxact: ")
+
+
+def test_interrupted_run_stops_at_once_and_goes_on(clone):
+    slow = clone / "nbs/experiments/00_slow.ipynb"
+    source = "profile = 'smoke'\ndataset = 'prototypes:30'"
+    cells = [nbformat.v4.new_code_cell(source, metadata=dict(tags=["parameters"])),
+             nbformat.v4.new_code_cell("import pathlib, time\npathlib.Path('begun').touch()\nif not pathlib.Path('go').exists(): time.sleep(600)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3"))), slow)
+    command = [sys.executable, "-m", "xxact.reproduce", "reproduce", "--only", "00_slow"]
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while not (clone / "begun").exists() and process.poll() is None: time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert "interrupted; the same command goes on" in process.communicate(timeout=60)[1] and process.returncode == 130
+        (clone / "go").touch()
+        assert subprocess.run(command, capture_output=True).returncode == 0
+    finally: slow.unlink()
 
 
 def test_help_lists_profiles_experiments_and_parameters(capsys):

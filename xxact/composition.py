@@ -39,17 +39,20 @@ def element_descriptors() -> np.ndarray:  # (N_ELEMENTS + 1, len(DESCRIPTORS)); 
     x = (x - np.nanmean(x, 0)) / np.nanstd(x, 0)
     return np.vstack([np.zeros(x.shape[1]), np.nan_to_num(x)]).astype(np.float32)
 
-# %% ../nbs/00_composition.ipynb #2ce081fe
+# %% ../nbs/00_composition.ipynb #9cfd763b
 MAX_ELEMENTS = 20
 
 
 def formula_amounts(formula: str) -> dict[str, float]:  # element symbol -> amount, as written
     "Amounts of the elements in a formula such as `Ca(OH)2`. Raises `ValueError` for anything that is none."
+    import re
+
     from pymatgen.core import Composition
 
+    if re.search("[DT](?![a-z])", str(formula)): raise ValueError(f"{formula!r}: deuterium and tritium are no elements of their own; write H")
     try: amounts = {str(k): float(v) for k, v in Composition(formula, strict=True).items()}
     except (ValueError, TypeError) as e:
-        unknown = [s for s in _symbols_in(formula) if s not in ATOMIC_NUMBER]
+        unknown = [s for s in re.findall("[A-Z][a-z]?", str(formula)) if s not in ATOMIC_NUMBER]
         why = f"unknown element {unknown[0]!r}" if unknown else "no chemical formula"
         raise ValueError(f"{formula!r}: {why}; write element symbols and amounts, like 'BaTiO3' or 'Ca(OH)2'") from e
     if not amounts: raise ValueError(f"{formula!r}: no chemical formula with positive amounts; write it like 'BaTiO3'")
@@ -57,15 +60,12 @@ def formula_amounts(formula: str) -> dict[str, float]:  # element symbol -> amou
     return amounts
 
 
-def _symbols_in(formula: object) -> list[str]:
-    import re
-    return re.findall("[A-Z][a-z]?", str(formula))
-
-
 def _check(amounts: dict[str, float], what: object) -> None:
+    if not amounts: raise ValueError(f"{what!r}: no elements; at least one is needed")
     for s, v in amounts.items():
         if s not in ATOMIC_NUMBER: raise ValueError(f"{what!r}: unknown element {s!r}; H to {SYMBOLS[-1]} are known")
-        if not (v > 0 and math.isfinite(v)): raise ValueError(f"{what!r}: the amount of {s} is {v:g}; it must be positive and finite")
+        if not (isinstance(v, int | float | np.number) and 0 < v < math.inf):
+            raise ValueError(f"{what!r}: the amount of {s} is {v}; it must be positive and finite")
     if len(amounts) > MAX_ELEMENTS: raise ValueError(f"{what!r}: {len(amounts)} elements; at most {MAX_ELEMENTS} are supported")
 
 # %% ../nbs/00_composition.ipynb #71e1c563

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .encoders import Tokens, pool
 from .fusion import SIZES
 
-# %% ../nbs/08_contrastive.ipynb #f887a856
+# %% ../nbs/08_contrastive.ipynb #7228939e
 def alignment_loss(
     a: Tensor,  # (n, w) unit vectors of one modality
     b: Tensor,  # (n, w) unit vectors of the other
@@ -49,4 +49,5 @@ class Alignment(nn.Module):
         xrd: Tokens,
         keys: Tensor,  # (n,) int64, equal for equal compositions
     ) -> tuple[Tensor, Tensor]:  # loss, share matched
+        "Loss of a batch."
         return alignment_loss(*self.embed(composition, xrd), keys, self.log_scale.clamp(max=math.log(100)).exp())

@@ -103,7 +103,7 @@ def structure_reflections(
     z, occupancy, x = zip(*sites, strict=True)
     return reflections(structure.lattice.matrix, np.array(x), np.array(z), np.array(occupancy), **kwargs)
 
-# %% ../nbs/01_diffraction.ipynb #fc005c76
+# %% ../nbs/01_diffraction.ipynb #89fdf225
 WAVELENGTHS = dict(CuKa=1.54184, CuKa1=1.54056, MoKa=0.71073, CoKa=1.79026, CrKa=2.29100, FeKa=1.93735, AgKa=0.560885)  # Å, as in pymatgen
 CU_KA = WAVELENGTHS["CuKa"]
 TWO_THETA = (5.0, 90.0)  # degrees at Cu Kα, the model's range
@@ -117,8 +117,11 @@ def two_theta_of(
     return 2 * torch.rad2deg(torch.arcsin(wavelength / (2 * d)))
 
 
-def ln_q_of(two_theta: float, wavelength: float = CU_KA) -> float:
-    "ln q (q = 4π sin θ / λ in Å⁻¹) at an angle in degrees."
+def ln_q_of(
+    two_theta: float,  # degrees
+    wavelength: float = CU_KA,  # Å
+) -> float:  # q = 4π sin θ / λ in Å⁻¹
+    "ln q at a diffraction angle."
     return math.log(4 * math.pi * math.sin(math.radians(two_theta / 2)) / wavelength)
 
 
@@ -269,7 +272,7 @@ def hide(
     seen = torch.stack([visible[r.row, p] for p in place]).all(0)
     return r._replace(intensity=r.intensity * seen)
 
-# %% ../nbs/01_diffraction.ipynb #d838879c
+# %% ../nbs/01_diffraction.ipynb #b5448f1e
 class Augmentation(NamedTuple):
     "How strongly samples differ; the widths of the distributions that `perturb` draws from."
 
@@ -287,10 +290,15 @@ def perturb(
     a: Augmentation,
     generator: torch.Generator,  # on the CPU
 ) -> Reflections:
-    "Reflections of another sample of the same materials; the strongest of each is never lost."
+    "Reflections of another sample of the same materials, again in order; the strongest within the model's range is never lost."
     if a == Augmentation(): return r
     m, device = len(r.ln_d), r.ln_d.device
     draw = lambda n: torch.randn(n, generator=generator).to(device)
     ln_d = r.ln_d + a.strain * draw(r.n)[r.row] + a.shift * draw(m)
-    keep = (torch.rand(m, generator=generator).to(device) >= a.loss) | (r.intensity >= 1 - 1e-4)
-    return r._replace(ln_d=ln_d, intensity=r.intensity * (a.texture * draw(m)).exp() * keep)
+    intensity = r.intensity * (a.texture * draw(m)).exp()
+    ln_q = math.log(2 * math.pi) - ln_d
+    seen = intensity * lorentz_polarisation(ln_d.exp()) * ((ln_q >= LN_Q[0]) & (ln_q <= LN_Q[1]))
+    strongest = torch.zeros(r.n, device=device).scatter_reduce_(0, r.row, seen, "amax")
+    keep = (torch.rand(m, generator=generator).to(device) >= a.loss) | (seen >= strongest[r.row])
+    order = (1000.0 * r.row - ln_d.double()).argsort()
+    return Reflections(ln_d[order], (intensity * keep)[order], r.row, r.n)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .composition import N_ELEMENTS, element_descriptors
 from .diffraction import LN_Q, N_PEAKS, N_WINDOWS, WINDOW, Peaks, Reflections, hide, peaks, window_pattern
 
-# %% ../nbs/05_encoders.ipynb #e32399e9
+# %% ../nbs/05_encoders.ipynb #03979fb0
 def waves(
     x: Tensor,  # (...,)
     frequencies: Tensor,  # (k,) rad per unit of x
@@ -27,11 +27,11 @@ def waves(
     return torch.cat([phase.sin(), phase.cos()], -1)
 
 
-def geometric(low: float, high: float, n: int) -> Tensor:
+def geometric(low: float, high: float, n: int) -> Tensor:  # (n,) in the unit of low and high
     "`n` frequencies from low to high in equal ratios."
     return torch.exp(torch.linspace(math.log(low), math.log(high), n))
 
-# %% ../nbs/05_encoders.ipynb #3033b8f4
+# %% ../nbs/05_encoders.ipynb #f4912d58
 class Rotary(NamedTuple):
     "Cosines and sines by which the halves of each head are turned."
 
@@ -72,6 +72,7 @@ class Block(nn.Module):
         turn: Rotary | None = None,  # of x
         turn_context: Rotary | None = None,  # of the context; None: that of x
     ) -> Tensor:  # (n, k, width)
+        "Attend, then transform each token."
         n, k, width = x.shape
         turn_context = turn_context or turn
         y = self.norm(x)
@@ -100,7 +101,7 @@ def pool(t: Tokens) -> Tensor:  # (n, 2 width)
     mean = (t.x * mask).sum(1) / mask.sum(1).clamp(min=1)
     return torch.cat([mean, t.x.masked_fill(~mask, -1e4).amax(1)], -1)
 
-# %% ../nbs/05_encoders.ipynb #f7987bea
+# %% ../nbs/05_encoders.ipynb #872bbfb0
 class CompositionEncoder(nn.Module):
     "Transformer over (element, fraction) tokens."
 
@@ -119,6 +120,7 @@ class CompositionEncoder(nn.Module):
         atomic_numbers: Tensor,  # (n, e) int64, 0 is padding
         fractions: Tensor,  # (n, e)
     ) -> Tokens:
+        "A token an element, in no order."
         log = fractions.clamp(min=1e-4).log() / 9.3  # 0 to -1
         amount = torch.cat([waves(fractions, self.frequencies), waves(log, self.frequencies), log[..., None]], -1)
         x = self.element(atomic_numbers) + self.properties(self.descriptors[atomic_numbers]) + self.amount(amount)
@@ -126,7 +128,7 @@ class CompositionEncoder(nn.Module):
         for block in self.blocks: x = block(x, mask)
         return Tokens(self.norm(x), mask)
 
-# %% ../nbs/05_encoders.ipynb #e91219ba
+# %% ../nbs/05_encoders.ipynb #d8dbd00c
 class PeakTokens(nn.Module):
     "Peaks as tokens, with the limits of the measurement as two more."
 
@@ -137,7 +139,12 @@ class PeakTokens(nn.Module):
         self.content = nn.Linear(2 * len(self.frequencies) + 3, width)
         self.limit = nn.Parameter(torch.randn(2, width) * 0.02)
 
-    def forward(self, r: Reflections, visible: Tensor | None = None) -> Tokens:
+    def forward(
+        self,
+        r: Reflections,
+        visible: Tensor | None = None,  # hidden reflections are gone already
+    ) -> Tokens:
+        "Tokens of the lowest peaks."
         return self.tokens(peaks(r, self.n_peaks))
 
     def tokens(self, p: Peaks) -> Tokens:
@@ -160,7 +167,12 @@ class PatchTokens(nn.Module):
         self.content = nn.Linear(points // 2, width)
         self.place = nn.Parameter(torch.randn(self.n, width) * 0.02)
 
-    def forward(self, r: Reflections, visible: Tensor | None = None) -> Tokens:
+    def forward(
+        self,
+        r: Reflections,
+        visible: Tensor | None = None,  # (n, N_WINDOWS) bool; patches of other windows are dropped
+    ) -> Tokens:
+        "Tokens of the patches, low ln q first."
         x = self.content(window_pattern(r, self.points, self.fwhm).view(r.n, self.n, -1)) + self.place
         ln_q = self.ln_q.expand(r.n, -1)
         if visible is None: return Tokens(x, torch.ones_like(ln_q, dtype=torch.bool), ln_q)
@@ -188,6 +200,7 @@ class XRDEncoder(nn.Module):
         r: Reflections,
         visible: Tensor | None = None,  # (n, N_WINDOWS) bool; tokens of hidden windows are never made
     ) -> Tokens:
+        "Tokens of the pattern, with their positions."
         t = self.tokenise(r if visible is None else hide(r, visible), visible)
         turn, x = rotary(t.ln_q, self.head_width), t.x
         for block in self.blocks: x = block(x, t.mask, turn=turn)

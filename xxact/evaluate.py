@@ -73,17 +73,18 @@ def dummy(
     median = data.targets[train].nanmedian(0).values
     return Predictions(*(row.float().expand(n, -1).numpy() for row in (median, *(s / s.sum().clamp(min=1) for s in shares))))
 
-# %% ../nbs/10_evaluate.ipynb #25c981a0
+# %% ../nbs/10_evaluate.ipynb #c9395ab8
 def retrieval(
     query: Tensor,  # (n, w) unit vectors of one modality
     pool: Tensor,  # (n, w) unit vectors of the other, same order
     composition: Tensor,  # (n,) int64, equal for equal compositions
 ) -> dict[str, float]:  # top1, top5, median_rank, pool
-    "How high the first row of the same composition ranks."
+    "How high the first row of the same composition ranks. Raises `ValueError` for embeddings that are not finite."
+    if not (query.isfinite().all() and pool.isfinite().all()): raise ValueError("embeddings are NaN or infinite")
     ranks = []
     for i in torch.arange(len(query)).split(1024):
-        similarity = query[i] @ pool.T
-        best = similarity.masked_fill(composition[i, None] != composition, -torch.inf).amax(1, keepdim=True)
-        ranks.append((similarity > best).sum(1) + 1)
+        similarity, other = query[i] @ pool.T, composition[i, None] != composition
+        best = similarity.masked_fill(other, -torch.inf).amax(1, keepdim=True)
+        ranks.append(1 + (other & (similarity > best)).sum(1) + (other & (similarity == best)).sum(1) / 2)  # ties count half
     rank = torch.cat(ranks).float()
     return dict(top1=float((rank <= 1).float().mean()), top5=float((rank <= 5).float().mean()), median_rank=float(rank.median()), pool=len(pool))

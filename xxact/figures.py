@@ -138,7 +138,7 @@ def plot_reconstructions(
     return fig, pl.DataFrame(dict(material_id=np.repeat(names, len(ln_q)), ln_q=np.tile(ln_q, n), pattern=truth.ravel(),
                                   reconstruction=predicted.ravel(), hidden=hidden.ravel()))
 
-# %% ../nbs/13_figures.ipynb #8a3e5455
+# %% ../nbs/13_figures.ipynb #245e43fe
 def plot_parity(
     predictions: "pl.DataFrame",  # columns model, target, truth, predicted
     at_most: int = 3000,  # points a panel
@@ -152,12 +152,13 @@ def plot_parity(
     drawn = []
     for i, t in enumerate(targets):
         span = predictions.filter(pl.col("target") == t)["truth"].drop_nans().drop_nulls()
-        low, high = span.quantile(0.002), span.quantile(0.998)
+        low, high = (span.quantile(q) if len(span) else q for q in (0.002, 0.998))
         for j, m in enumerate(models):
             part = predictions.filter((pl.col("target") == t) & (pl.col("model") == m) & pl.col("truth").is_finite())
+            ax = axes[i, j]
+            if part.is_empty(): ax.set_axis_off(); continue
             mae = (part["predicted"] - part["truth"]).abs().mean()
             part = part.sample(min(at_most, len(part)), seed=0)
-            ax = axes[i, j]
             ax.scatter(part["truth"], part["predicted"], s=2, alpha=0.35, lw=0, rasterized=True)
             ax.plot([low, high], [low, high], color="0.3", lw=0.7)
             ax.set(xlim=(low, high), ylim=(low, high), title=m if i == 0 else None)
@@ -165,7 +166,7 @@ def plot_parity(
             if j == 0: ax.set_ylabel(f"predicted {LABELS[t]}\n({TARGETS[t]})")
             if i == len(targets) - 1: ax.set_xlabel("true")
             drawn.append(part)
-    return fig, pl.concat(drawn)
+    return fig, pl.concat(drawn or [predictions.clear()])
 
 
 def plot_comparison(

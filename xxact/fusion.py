@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from .encoders import Block, CompositionEncoder, Tokens, XRDEncoder, pool
 from .materials import CRYSTAL_SYSTEMS, Batch
 
-# %% ../nbs/06_fusion.ipynb #9dc25d44
+# %% ../nbs/06_fusion.ipynb #a2b4fff9
 class Size(NamedTuple):
     "Everything that grows with the model."
 
-    width: int
-    heads: int
-    composition_depth: int
-    xrd_depth: int
-    fusion_depth: int
-    learning_rate: float
+    width: int  # of a token
+    heads: int  # of attention
+    composition_depth: int  # blocks
+    xrd_depth: int  # blocks
+    fusion_depth: int  # blocks in each direction
+    learning_rate: float  # peak
 
 
 SIZES = dict(
@@ -47,7 +47,7 @@ def choose(name: str, value: str, options: Sequence[str]) -> None:
     "Raise `ValueError` unless the value is one of the options."
     if value not in options: raise ValueError(f"{name}={value!r} does not exist; choose from {', '.join(options)}")
 
-# %% ../nbs/06_fusion.ipynb #a8b9841a
+# %% ../nbs/06_fusion.ipynb #82971153
 class CrossFusion(nn.Module):
     "Cross-attention in both directions."
 
@@ -64,6 +64,7 @@ class CrossFusion(nn.Module):
         xrd: Tokens,
         keep: Tensor,  # (n, 2) bool: composition, XRD are there
     ) -> tuple[Tokens, Tokens]:
+        "Composition tokens that have read the pattern, and XRD tokens that have read the composition."
         (c, c_mask), (x, x_mask) = (self._led(t, i, keep) for i, t in enumerate((composition, xrd)))
         for to_composition, to_xrd in zip(self.to_composition, self.to_xrd, strict=True):
             c, x = to_composition(c, x_mask, x), to_xrd(x, c_mask, c)
@@ -75,7 +76,7 @@ class CrossFusion(nn.Module):
         first = self.absent[i].expand(len(t.x), 1, -1)
         return torch.cat([first.to(t.x.dtype), t.x], 1), torch.cat([torch.ones_like(keep[:, :1]), t.mask & keep[:, i : i + 1]], 1)
 
-# %% ../nbs/06_fusion.ipynb #31b04f5b
+# %% ../nbs/06_fusion.ipynb #209c1b92
 class Output(NamedTuple):
     "What the model says about a batch."
 
@@ -121,7 +122,12 @@ class XxaCT(nn.Module):
         x = self.xrd(batch.reflections, visible) if hasattr(self, "xrd") else None
         return c, x, torch.ones(len(batch.composition), 2, dtype=torch.bool, device=batch.composition.device) if keep is None else keep
 
-    def forward(self, batch: Batch, keep: Tensor | None = None) -> Output:
+    def forward(
+        self,
+        batch: Batch,
+        keep: Tensor | None = None,  # (n, 2) bool: composition, XRD are there; None: both
+    ) -> Output:
+        "Properties and symmetry of a batch."
         c, x, keep = self.encode(batch, keep)
         if hasattr(self, "fusion"): c, x = self.fusion(c, x, keep)
         pooled = [pool(t) for t in (c, x) if t is not None]

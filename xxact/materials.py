@@ -49,7 +49,7 @@ def table_schema() -> dict[str, "pl.DataType"]:
     return dict(material_id=pl.String, source=pl.String, formula=pl.String, atomic_numbers=u8, fractions=f32, d_spacing=f32, intensity=f32,
                 space_group=pl.UInt8, n_sites=pl.UInt16) | dict.fromkeys(TARGETS, pl.Float32)
 
-# %% ../nbs/03_materials.ipynb #6df768a7
+# %% ../nbs/03_materials.ipynb #672c183b
 def write_table(
     df: "pl.DataFrame",
     path: str | Path,  # Parquet file
@@ -77,14 +77,16 @@ def read_table(
     if missing := [c for c in table_schema() if c not in df.columns and c not in TARGETS]:
         raise ValueError(f"{path} is no material table, it lacks {', '.join(missing)}; `xxact prepare {path} --out TABLE` makes one")
     if df.is_empty(): raise ValueError(f"{path} is empty")
-    return df
+    nulls = [pl.lit(None, pl.Float32).alias(t) for t in TARGETS if t not in df.columns]
+    return df.with_columns(nulls).with_columns(pl.col(*TARGETS).cast(pl.Float32).fill_nan(None))
 
-# %% ../nbs/03_materials.ipynb #4f95c41c
+# %% ../nbs/03_materials.ipynb #10aefe9b
 _LN_D = (-1.5, 4.5)  # range of ln d (d in Å) on 16 bits
 _BITS = 65535
 
 
 def _pack(x: np.ndarray, low: float, high: float) -> Tensor:
+    if not ((x >= low) & (x <= high)).all(): raise ValueError("d_spacing must be within 0.23 to 90 Å, intensity within 0 to 1")
     return torch.from_numpy((np.round((x - low) / (high - low) * _BITS) - 32768).astype(np.int16))
 
 
@@ -125,7 +127,9 @@ class MaterialSet:
     def __len__(self) -> int: return len(self.split)
 
     @property
-    def material_ids(self) -> list[str]: return bytes(self.names.cpu().numpy()).decode().split("\n")
+    def material_ids(self) -> list[str]:
+        "Identifiers, in order."
+        return bytes(self.names.cpu().numpy()).decode().split("\n")
 
     @classmethod
     def from_table(
@@ -138,8 +142,9 @@ class MaterialSet:
         if missing := [t for t in targets if t not in df.columns]:
             has = [t for t in TARGETS if t in df.columns and df[t].count()]
             raise ValueError(f"the table has no target {missing[0]!r}; it has {', '.join(has) or 'none'}")
-        counts = df["d_spacing"].list.len().to_numpy()
+        counts = df["d_spacing"].list.len().fill_null(0).to_numpy()
         if (counts == 0).any(): raise ValueError(f"{df['material_id'][int(np.argmin(counts))]} has no reflections")
+        if (counts != df["intensity"].list.len().fill_null(0).to_numpy()).any(): raise ValueError("d_spacing and intensity differ in length")
         keys = {f: composition_key(f) for f in df["formula"].unique()}
         sides = {f: SPLITS.index(split_of(k)) for f, k in keys.items()}
         hashes = {f: np.uint64(composition_hash(k)).astype(np.int64) for f, k in keys.items()}
@@ -156,7 +161,9 @@ class MaterialSet:
             split=torch.tensor([sides[f] for f in df["formula"]], dtype=torch.uint8),
             names=torch.frombuffer(bytearray("\n".join(df["material_id"]).encode()), dtype=torch.uint8), target_names=tuple(targets))
 
-    def tensors(self) -> dict[str, Tensor]: return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "target_names"}
+    def tensors(self) -> dict[str, Tensor]:
+        "All tensors by name."
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "target_names"}
 
     def to(self, device: str | torch.device) -> "MaterialSet":
         "The same set on a device; offsets stay on the CPU, where batches are planned."

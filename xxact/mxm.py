@@ -25,7 +25,7 @@ def hide_windows(
     hidden = max(1, min(N_WINDOWS - 1, round(share * N_WINDOWS)))
     return torch.rand(n, N_WINDOWS, generator=generator).argsort(1) >= hidden
 
-# %% ../nbs/07_mxm.ipynb #211c9f47
+# %% ../nbs/07_mxm.ipynb #14b8efdc
 class MXMDecoder(nn.Module):
     "From visible tokens to the pattern in every window."
 
@@ -44,6 +44,7 @@ class MXMDecoder(nn.Module):
         self,
         xrd: Tokens,  # with positions
     ) -> Tensor:  # (n, N_WINDOWS, WINDOW_POINTS)
+        "The √-intensity pattern in all windows."
         centre = self.centre.expand(len(xrd.x), -1)
         x = self.query(waves(centre, self.frequencies))
         turn, turn_context = rotary(centre, self.head_width), rotary(xrd.ln_q, self.head_width)
@@ -78,7 +79,7 @@ def window_errors(
     "Summed squared error of each material's scored windows, and the number of points."
     return (((predicted - truth) ** 2).mean(2) * scored).sum(1), scored.sum(1)
 
-# %% ../nbs/07_mxm.ipynb #8561b11f
+# %% ../nbs/07_mxm.ipynb #d924a925
 class TrivialPredictors:
     "Zero, mean and nearest training pattern."
 
@@ -86,9 +87,9 @@ class TrivialPredictors:
         self,
         data: MaterialSet,
         index: Tensor,  # training materials
-        at_most: int = 20_000,  # training patterns kept for the nearest-pattern predictor
+        at_most: int = 20_000,  # training patterns kept, drawn at random
     ):
-        index = index[:at_most]
+        index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:at_most]]
         self.library = torch.cat([window_pattern(data.batch(i).reflections).half() for i in index.split(512)])
         self.mean = self.library.float().mean(0)
 

@@ -10,7 +10,7 @@ __all__ = ['COLUMNS', 'RECOGNISED', 'SOURCES', 'CHUNK', 'THREADS', 'read_targets
            'read_source', 'prepare_chunk', 'prepare_all', 'cores', 'count_entries', 'prepare', 'with_keys',
            'composition_floor', 'near_duplicates', 'markdown_table', 'data_card']
 
-# %% ../nbs/04_sources.ipynb #a6e79be1
+# %% ../nbs/04_sources.ipynb #b460fdc1
 import bz2
 import csv
 import functools
@@ -35,7 +35,7 @@ import polars as pl
 from tqdm import tqdm
 
 from . import __version__
-from .composition import ATOMIC_NUMBER, SYMBOLS, composition_key, reduced_formula
+from .composition import ATOMIC_NUMBER, MAX_ELEMENTS, SYMBOLS, composition_key, reduced_formula
 from .diffraction import reflections
 from .materials import CRYSTAL_SYSTEMS, TARGETS, crystal_system, table_schema, write_table
 
@@ -183,7 +183,7 @@ def atomic_masses() -> np.ndarray:  # (119,) g/mol at each atomic number, NaN at
 
     return np.array([math.nan] + [float(Element.from_Z(z).atomic_mass) for z in range(1, len(SYMBOLS))])
 
-# %% ../nbs/04_sources.ipynb #1e483558
+# %% ../nbs/04_sources.ipynb #546b824e
 def is_number(
     value: float | None,  # a label
 ) -> bool:  # whether a 32-bit float can hold it
@@ -213,6 +213,8 @@ def material_row(
 
     counts = np.bincount(atomic_numbers, occupancies, len(SYMBOLS))
     elements = np.flatnonzero(counts)
+    if len(elements) > MAX_ELEMENTS:
+        raise ValueError(f"too many elements: {len(elements)}, at most {MAX_ELEMENTS}")
     volume = float(abs(np.linalg.det(lattice)))
     d_spacing, intensity = reflections(lattice, frac_coords, atomic_numbers, occupancies, d_min=d_min)
     if len(d_spacing) == 0:
@@ -599,7 +601,7 @@ def count_entries(
             return sum(b"_cell_length_a" in line for line in file)
     return None
 
-# %% ../nbs/04_sources.ipynb #a0f36058
+# %% ../nbs/04_sources.ipynb #7b2d9727
 def prepare(
     sources: Iterable[str | Path],  # files, folders, prototypes[:N[:SEED]]
     out: str | Path,  # the Parquet file to write; rejects go to <stem>.rejects.parquet beside it
@@ -613,6 +615,10 @@ def prepare(
     sources, out = list(sources), Path(out)
     if not sources:
         raise ValueError(f"no sources given; recognised are {RECOGNISED}")
+    if out.is_dir() or out.resolve() in [Path(path).resolve() for path in sources]:
+        raise ValueError(f"{out}: is a folder or one of the sources; give the name of a new Parquet file")
+    if not 0.25 <= d_min <= 10:
+        raise ValueError(f"d_min={d_min:g} must be from 0.25 to 10 Å")
     opened = [open_source(path, source) for path in sources]
     taken = 0
 

@@ -6,13 +6,14 @@
 __all__ = ['RECIPE', 'Supervised', 'Pretraining', 'draws', 'batch_indices', 'learning_rate', 'pick_device', 'Log', 'read_log',
            'train', 'averaged', 'Predictions', 'predict', 'run_id']
 
-# %% ../nbs/09_trainer.ipynb #45e03a18
+# %% ../nbs/09_trainer.ipynb #ca21a3c9
 import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from .fusion import SIZES, XxaCT, choose, drop_modalities
 from .materials import Batch, MaterialSet, crystal_system
 from .mxm import MXMDecoder, hide_windows, last_token, scored_windows, window_errors
 
-# %% ../nbs/09_trainer.ipynb #8985b6ac
+# %% ../nbs/09_trainer.ipynb #8d886833
 class Supervised(nn.Module):
     "Properties and symmetry, from labels where there are some."
 
@@ -42,6 +43,7 @@ class Supervised(nn.Module):
         super().__init__()
         choose("augment", augment, tuple(AUGMENTATIONS))
         self.model, self.symmetry_weight, self.modality_dropout, self.augment = model, symmetry_weight, modality_dropout, augment
+        self.settings = dict(symmetry_weight=symmetry_weight, modality_dropout=modality_dropout, augment=augment)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         "Losses of a batch; `loss` is their weighted sum."
@@ -65,7 +67,7 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     "Mean over the known labels (0 or more), 0 where there is none."
     return F.cross_entropy(logits, label, ignore_index=-1, reduction="sum") / (label >= 0).sum().clamp(min=1)
 
-# %% ../nbs/09_trainer.ipynb #08c39d9b
+# %% ../nbs/09_trainer.ipynb #739f8b49
 class Pretraining(nn.Module):
     "Masked XRD modelling and contrastive alignment."
 
@@ -83,6 +85,7 @@ class Pretraining(nn.Module):
         if mxm_weight <= 0 and contrastive_weight <= 0: raise ValueError("mxm_weight and contrastive_weight are both 0: nothing to learn")
         self.model, self.mxm_weight, self.contrastive_weight = model, mxm_weight, contrastive_weight
         self.mask_share, self.mean_pattern_error = mask_share, mean_pattern_error
+        self.settings = dict(mxm_weight=mxm_weight, contrastive_weight=contrastive_weight, mask_share=mask_share)
         if mxm_weight > 0: self.decoder = MXMDecoder(model.config["size"])
         if contrastive_weight > 0: self.alignment = Alignment(model.config["size"])
 
@@ -100,9 +103,9 @@ class Pretraining(nn.Module):
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         "Losses of a batch; `loss` is their weighted sum."
-        visible = hide_windows(len(batch.composition), self.mask_share, generator).to(batch.composition.device)
+        visible, losses = None, {}
+        if self.mxm_weight > 0: visible = hide_windows(len(batch.composition), self.mask_share, generator).to(batch.composition.device)
         c, x, keep = self.model.encode(batch, visible=visible)
-        losses: dict[str, Tensor] = {}
         if self.mxm_weight > 0:
             scored = scored_windows(visible, last_token(x, self.model.xrd.tokenise.full))
             error, n = window_errors(self._decode(c, x, keep).float(), window_pattern(batch.reflections), scored)
@@ -111,7 +114,7 @@ class Pretraining(nn.Module):
         weights = dict(mxm=self.mxm_weight, contrastive=self.contrastive_weight)
         return losses | dict(loss=sum(weights[k] * v for k, v in losses.items() if k in weights))
 
-# %% ../nbs/09_trainer.ipynb #2e02370b
+# %% ../nbs/09_trainer.ipynb #a47e560f
 def draws(seed: int, step: int) -> torch.Generator:
     "The random generator of one step, on the CPU."
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1))
@@ -125,11 +128,20 @@ def batch_indices(
 ) -> Tensor:  # (batch_size,)
     "The materials of one step: every epoch another order, drawn from the seed; a last part-batch waits for the next epoch."
     epoch, place = divmod(step, len(index) // batch_size)
-    order = torch.randperm(len(index), generator=draws(seed, -1 % 2**32 - epoch))
-    return index[order[place * batch_size : (place + 1) * batch_size]]
+    return index[_order(len(index), seed, epoch)[place * batch_size : (place + 1) * batch_size]]
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str) -> float:
+@lru_cache(2)
+def _order(n: int, seed: int, epoch: int) -> Tensor: return torch.randperm(n, generator=draws(seed, 2**32 - 1 - epoch))
+
+
+def learning_rate(
+    step: int,
+    steps: int,  # of the whole run
+    peak: float,
+    warmup: float,  # share of the steps
+    schedule: str,  # cosine or constant
+) -> float:
     "Linear warm-up over a share of the steps, then a cosine to zero or a constant."
     rise = max(1, round(warmup * steps))
     if step < rise: return peak * (step + 1) / rise
@@ -143,7 +155,7 @@ def pick_device(device: str = "auto") -> torch.device:
         raise ValueError(f"device={device}, but there is no GPU here; use cpu or auto")
     return torch.device(device)
 
-# %% ../nbs/09_trainer.ipynb #6b15f126
+# %% ../nbs/09_trainer.ipynb #a40cbcae
 class Log:
     "A file of JSON lines that can be cut back to a step."
 
@@ -235,7 +247,8 @@ def train(
                                   lr=lr, betas=(0.9, 0.98), fused=True)
     average = {k: p.detach().clone() for k, p in objective.named_parameters()}
     settings = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule, ema=ema,
-                    grad_clip=grad_clip, seed=seed, materials=len(index), **objective.model.config)
+                    grad_clip=grad_clip, seed=seed, materials=hashlib.sha256(index.numpy().tobytes()).hexdigest()[:12],
+                    **objective.settings, **objective.model.config)
     state = _State(folder / "state.pt", settings, objective, optimiser, average)
     start, seconds = state.load()
     log = Log(folder / "log.jsonl", start)
@@ -315,8 +328,8 @@ def predict(
         parts.append([model.in_units(out.targets), out.crystal_system.softmax(1), out.space_group.softmax(1)])
     return Predictions(*(torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True)))
 
-# %% ../nbs/09_trainer.ipynb #f0e6c2b1
-RECIPE = 1
+# %% ../nbs/09_trainer.ipynb #6fd80566
+RECIPE = 2  # 2: perturbed reflections are put in order again before peaks are merged
 
 
 def run_id(
