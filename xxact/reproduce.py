@@ -429,7 +429,7 @@ def dummy_scores(data: MaterialSet) -> dict[str, float]:
     index = data.indices("test")
     return scores(dummy(data, data.indices("train"), len(index)), data, index)
 
-# %% ../nbs/12_reproduce.ipynb #821afb22
+# %% ../nbs/12_reproduce.ipynb #5e782aa6
 class NotebookFailed(RuntimeError):
     "A notebook that did not run to its end."
 
@@ -451,7 +451,7 @@ def run_notebook(
     out.mkdir(parents=True, exist_ok=True)
     copy, messages = out / notebook.name, out / f".{notebook.stem}.log"
     copy.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "papermill", str(notebook), str(copy), "--cwd", str(root), "-k", "python3", "--no-progress-bar",
+    command = [sys.executable, "-m", "papermill", str(notebook), str(copy), "--cwd", str(root), "-k", "python3", "-l", "python", "--no-progress-bar",
                "-y", json.dumps(params)]
     environment = os.environ | dict(TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1")  # this process shows the progress
     began, cells = time.time(), len(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
@@ -509,8 +509,8 @@ def reproduce(
     "Run the experiment notebooks with the parameters of a profile. Raises `ValueError` or `NotebookFailed`."
     root = project_root()
     chosen = parameters(root, profile, overrides or {}, only)
+    for params in chosen.values(): check_parameters(params)
     for params in chosen.values():
-        check_parameters(params)
         wanted_targets(load_table(params["dataset"], params.get("source", "")), params.get("targets", ""))
     done = []
     for name, params in chosen.items():
