@@ -117,7 +117,7 @@ def test_help_lists_profiles_experiments_and_parameters(capsys):
     with pytest.raises(SystemExit) as stopped: main(["reproduce", "--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    for word in ("smoke", "laptop", "gpu", "paper", "01_data", "02_pretrain", "03_finetune", "mask_share=0.4", "modality_dropout=0.0"):
+    for word in ("smoke", "laptop", "gpu", "paper", "01_data", "02_pretrain", "03_finetune", "mask_share = 0.4", "modality_dropout = 0.0"):
         assert word in shown
 
 

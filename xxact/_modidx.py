@@ -190,6 +190,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'xxact.reproduce.load_table': ('reproduce.html#load_table', 'xxact/reproduce.py'),
                                  'xxact.reproduce.main': ('reproduce.html#main', 'xxact/reproduce.py'),
                                  'xxact.reproduce.parameters': ('reproduce.html#parameters', 'xxact/reproduce.py'),
+                                 'xxact.reproduce.parameters_cell': ('reproduce.html#parameters_cell', 'xxact/reproduce.py'),
                                  'xxact.reproduce.parse_value': ('reproduce.html#parse_value', 'xxact/reproduce.py'),
                                  'xxact.reproduce.pretrain': ('reproduce.html#pretrain', 'xxact/reproduce.py'),
                                  'xxact.reproduce.pretraining_scores': ('reproduce.html#pretraining_scores', 'xxact/reproduce.py'),

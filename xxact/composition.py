@@ -39,7 +39,7 @@ def element_descriptors() -> np.ndarray:  # (N_ELEMENTS + 1, len(DESCRIPTORS)); 
     x = (x - np.nanmean(x, 0)) / np.nanstd(x, 0)
     return np.vstack([np.zeros(x.shape[1]), np.nan_to_num(x)]).astype(np.float32)
 
-# %% ../nbs/00_composition.ipynb #9cfd763b
+# %% ../nbs/00_composition.ipynb #517bac87
 MAX_ELEMENTS = 20
 
 
@@ -50,6 +50,7 @@ def formula_amounts(formula: str) -> dict[str, float]:  # element symbol -> amou
     from pymatgen.core import Composition
 
     if re.search("[DT](?![a-z])", str(formula)): raise ValueError(f"{formula!r}: deuterium and tritium are no elements of their own; write H")
+    if re.search(r"[A-Za-z)]0+(\.0*)?(?![\d.])", str(formula)): raise ValueError(f"{formula!r}: an amount of 0; amounts must be positive")
     try: amounts = {str(k): float(v) for k, v in Composition(formula, strict=True).items()}
     except (ValueError, TypeError) as e:
         unknown = [s for s in re.findall("[A-Z][a-z]?", str(formula)) if s not in ATOMIC_NUMBER]

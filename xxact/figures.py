@@ -94,7 +94,7 @@ def plot_patterns(
     wide = pl.DataFrame({"two_theta": x.numpy()} | {m: v.numpy() for m, v in zip(df["material_id"], y)})
     return fig, wide.gather_every(4)
 
-# %% ../nbs/13_figures.ipynb #c4c6a25f
+# %% ../nbs/13_figures.ipynb #237a998b
 def plot_losses(
     logs: dict[str, list[dict]],  # name -> lines of the log
     quantities: list[str],  # one panel each
@@ -110,8 +110,10 @@ def plot_losses(
     df = pl.DataFrame(rows, schema=dict(run=pl.String, step=pl.Int64, quantity=pl.String, value=pl.Float64))
     for ax, q in zip(axes[0], quantities):
         for (name,), part in df.filter(pl.col("quantity") == q).group_by("run", maintain_order=True):
-            ax.plot(part["step"], part["value"].rolling_mean(smooth, min_samples=1), label=name)
-        ax.set(xlabel="step", title=q.replace("val_", "validation ").replace("_", " "))
+            few = "o" if len(part) < 20 else None
+            ax.plot(part["step"], part["value"].rolling_mean(smooth, min_samples=1), label=name, marker=few, ms=2.5)
+        ax.set(xlabel="step")
+        ax.set_title(q.replace("val_", "validation: ").replace("_per_atom", "").replace("/", ", ").replace("_", " "), fontsize=7)
     if len(logs) > 1: axes[0, -1].legend(fontsize=6)
     return fig, df
 
@@ -138,7 +140,7 @@ def plot_reconstructions(
     return fig, pl.DataFrame(dict(material_id=np.repeat(names, len(ln_q)), ln_q=np.tile(ln_q, n), pattern=truth.ravel(),
                                   reconstruction=predicted.ravel(), hidden=hidden.ravel()))
 
-# %% ../nbs/13_figures.ipynb #245e43fe
+# %% ../nbs/13_figures.ipynb #66bb889c
 def plot_parity(
     predictions: "pl.DataFrame",  # columns model, target, truth, predicted
     at_most: int = 3000,  # points a panel
@@ -159,13 +161,13 @@ def plot_parity(
             if part.is_empty(): ax.set_axis_off(); continue
             mae = (part["predicted"] - part["truth"]).abs().mean()
             part = part.sample(min(at_most, len(part)), seed=0)
-            ax.scatter(part["truth"], part["predicted"], s=2, alpha=0.35, lw=0, rasterized=True)
+            ax.scatter(part["truth"], part["predicted"].clip(low, high), s=2 if len(part) > 100 else 8, alpha=0.4, lw=0, rasterized=True)
             ax.plot([low, high], [low, high], color="0.3", lw=0.7)
             ax.set(xlim=(low, high), ylim=(low, high), title=m if i == 0 else None)
             ax.text(0.05, 0.9, f"MAE {mae:.3g}", transform=ax.transAxes, fontsize=7)
-            if j == 0: ax.set_ylabel(f"predicted {LABELS[t]}\n({TARGETS[t]})")
-            if i == len(targets) - 1: ax.set_xlabel("true")
+            if j == 0: ax.set_ylabel(f"{LABELS[t]}\n({TARGETS[t]})")
             drawn.append(part)
+    fig.supxlabel("true", fontsize=8); fig.supylabel("predicted (outside the frame: at its edge)", fontsize=8)
     return fig, pl.concat(drawn or [predictions.clear()])
 
 

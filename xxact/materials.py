@@ -80,7 +80,7 @@ def read_table(
     nulls = [pl.lit(None, pl.Float32).alias(t) for t in TARGETS if t not in df.columns]
     return df.with_columns(nulls).with_columns(pl.col(*TARGETS).cast(pl.Float32).fill_nan(None))
 
-# %% ../nbs/03_materials.ipynb #10aefe9b
+# %% ../nbs/03_materials.ipynb #6eae1267
 _LN_D = (-1.5, 4.5)  # range of ln d (d in Å) on 16 bits
 _BITS = 65535
 
@@ -139,6 +139,7 @@ class MaterialSet:
     ) -> "MaterialSet":
         "Flat tensors of a material table. Raises `ValueError` for an empty table or one without a wanted target."
         if df.is_empty(): raise ValueError("the table is empty: no materials")
+        if isinstance(targets, str): raise ValueError(f"targets={targets!r} must be a list of names: [{targets!r}]")
         if missing := [t for t in targets if t not in df.columns]:
             has = [t for t in TARGETS if t in df.columns and df[t].count()]
             raise ValueError(f"the table has no target {missing[0]!r}; it has {', '.join(has) or 'none'}")
@@ -172,6 +173,7 @@ class MaterialSet:
 
     def indices(self, split: str) -> Tensor:
         "Places of the materials on one side of the split."
+        if split not in SPLITS: raise ValueError(f"split={split!r} does not exist; choose from {', '.join(SPLITS)}")
         return torch.nonzero(self.split == SPLITS.index(split)).squeeze(1)
 
     def fingerprint(self) -> str:

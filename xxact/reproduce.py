@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'MODELS', 'DEFAULT_TARGETS', 'SHOWN', 'BLOCKS', 'project_root', 'profiles', 'experiments', 'defaults',
-           'parse_value', 'parameters', 'check_parameters', 'split_list', 'load_table', 'wanted_targets', 'Run',
-           'provenance', 'keep_row', 'pretrain', 'load_pretraining', 'pretraining_scores', 'finetune',
-           'write_predictions', 'dummy_scores', 'NotebookFailed', 'run_notebook', 'reproduce', 'results_table',
-           'update_readme', 'conditions', 'main']
+           'parameters_cell', 'parse_value', 'parameters', 'check_parameters', 'split_list', 'load_table',
+           'wanted_targets', 'Run', 'provenance', 'keep_row', 'pretrain', 'load_pretraining', 'pretraining_scores',
+           'finetune', 'write_predictions', 'dummy_scores', 'NotebookFailed', 'run_notebook', 'reproduce',
+           'results_table', 'update_readme', 'conditions', 'main']
 
 # %% ../nbs/12_reproduce.ipynb #21820652
 import argparse
@@ -50,7 +50,7 @@ def project_root() -> Path:
         if (folder / "settings.ini").exists() and (folder / "nbs/experiments").is_dir(): return folder
     raise ValueError(f"{here} is not inside a clone of xxact; change to one to reproduce its experiments")
 
-# %% ../nbs/12_reproduce.ipynb #0a8d72b2
+# %% ../nbs/12_reproduce.ipynb #67b62fce
 def profiles(root: Path) -> dict[str, dict[str, str]]:
     "Sections of settings.ini: the parameters that each profile changes. Raises `ValueError` for a broken file."
     ini = configparser.ConfigParser(interpolation=None)
@@ -66,10 +66,16 @@ def experiments(root: Path) -> dict[str, Path]:
 
 def defaults(notebook: Path) -> dict[str, object]:
     "Values in the `parameters` cell of a notebook."
+    assigned = [node for node in ast.parse(parameters_cell(notebook)).body if isinstance(node, ast.Assign)]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assigned}
+
+
+def parameters_cell(notebook: Path) -> str:
+    "Source of the cell tagged `parameters`: names, defaults, and what they mean. Raises `ValueError` where there is none."
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     source = next(("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])), None)
     if source is None: raise ValueError(f"{notebook} has no cell tagged 'parameters'")
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign)}
+    return source
 
 
 def parse_value(
@@ -135,7 +141,7 @@ def split_list(text: str) -> list[str]:
     "Parts of a comma-separated list."
     return [part.strip() for part in text.split(",") if part.strip()]
 
-# %% ../nbs/12_reproduce.ipynb #aee382c5
+# %% ../nbs/12_reproduce.ipynb #cb3f175a
 def load_table(
     dataset: str,  # prototypes:N, a material table, or a source that can be prepared
     source: str = "",  # keep only these sources, comma-separated; empty: all
@@ -151,7 +157,8 @@ def load_table(
         stamp = hashlib.sha256(json.dumps([_stamp(dataset), d_min, _code_stamp(*made_by)]).encode()).hexdigest()[:8]
         path = Path(cache or project_root() / "data") / f"{path.stem.replace(':', '-')}-{stamp}.parquet"
         if not path.exists(): prepare([dataset], path, d_min=d_min)
-    df = read_table(path)
+    try: df = read_table(path)
+    except ValueError as e: raise ValueError(f"{e}; a table in data/ can be deleted and is made again") from e
     if source:
         wanted = split_list(source)
         if missing := set(wanted) - set(df["source"]):
@@ -196,7 +203,7 @@ def wanted_targets(
 
 DEFAULT_TARGETS = ("formation_energy_per_atom", "band_gap", "lattice_energy_per_atom", "volume_per_atom")
 
-# %% ../nbs/12_reproduce.ipynb #520843a5
+# %% ../nbs/12_reproduce.ipynb #428e33dd
 class Run:
     "The folder of one run."
 
@@ -208,14 +215,14 @@ class Run:
     ):
         self.params, self.fingerprint = params, fingerprint
         self.id = run_id(params, fingerprint)
-        self.folder = folder / self.id
+        self.folder = Path(folder) / self.id
         self.provenance = provenance()
 
     @property
     def results(self) -> dict | None:
         "Metrics, seconds, hardware and versions; None while the run is not finished."
-        path = self.folder / "results.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try: return json.loads((self.folder / "results.json").read_text())
+        except (OSError, json.JSONDecodeError): return None
 
     def start(self) -> None:
         "Make the folder and write the parameters."
@@ -355,7 +362,7 @@ def pretraining_scores(
             result |= {f"{name}_{k}": v for k, v in retrieval(query, pool, data.composition[index]).items()}
     return result
 
-# %% ../nbs/12_reproduce.ipynb #34e0dda7
+# %% ../nbs/12_reproduce.ipynb #6ba606a2
 def finetune(
     data: MaterialSet,
     folder: Path,  # runs/<experiment>
@@ -385,7 +392,8 @@ def finetune(
     _check_sides(data)
     index, val, test = (data.indices(s) for s in ("train", "val", "test"))
     index = index[data.composition[index].argsort(stable=True)]
-    if materials > len(index): raise ValueError(f"materials={materials}, but the training split has {len(index)}; lower it")
+    if not 0 <= materials <= len(index):
+        raise ValueError(f"materials={materials}, but the training split has {len(index)}; give 0 (all) to {len(index)}")
     index = index[: materials or None]
     torch.manual_seed(seed)
     model = XxaCT(size, modalities, fusion, tokeniser, data.target_names)
@@ -593,7 +601,7 @@ def conditions(
 
 BLOCKS = dict(results=results_table, conditions=conditions)
 
-# %% ../nbs/12_reproduce.ipynb #7092796b
+# %% ../nbs/12_reproduce.ipynb #328c9398
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `xxact`. Ends with 2 and one line for input that cannot work."
     parser = argparse.ArgumentParser("xxact", description="Crystal properties and symmetry from composition and powder XRD.")
@@ -622,7 +630,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as e: print(f"xxact: {' '.join(str(e).split())}", file=sys.stderr); return 2
     except NotebookFailed as e: print(f"xxact: {e}", file=sys.stderr); return 2 if e.bad_input else 1
     except RuntimeError as e: print(f"xxact: {e}", file=sys.stderr); return 1
-    except KeyboardInterrupt: print("xxact: interrupted; the same command goes on where it stopped", file=sys.stderr); return 130
+    except KeyboardInterrupt: print("xxact: interrupted; the same command goes on from the last checkpoint", file=sys.stderr); return 130
 
 
 def _help() -> str:
@@ -632,7 +640,7 @@ def _help() -> str:
     described = {name: ", ".join(f"{k}={v}" for k, v in d.items()) or "the defaults below" for name, d in sections.items()}
     lines = ["profiles:", *(f"  {name}: {d}" for name, d in described.items())]
     for name, path in experiments(root).items():
-        lines += ["", f"{name}:", *(f"  {k}={v}" for k, v in defaults(path).items() if k != "profile")]
+        lines += ["", f"{name}:", *(f"  {line}" for line in parameters_cell(path).splitlines() if not line.startswith("profile"))]
     return "\n".join(lines)
 
 
@@ -646,9 +654,10 @@ def _reproduce(a: argparse.Namespace) -> int:
     if Path(overrides.get("dataset", "")).exists() and "dataset" in overrides: overrides["dataset"] = str(Path(overrides["dataset"]).resolve())
     root, started = project_root(), time.monotonic()
     copies = reproduce(profile, a.only, overrides)
-    results = root / "figures" / profile / "results.csv"
-    if results.exists(): print(f"\n{results_table(profile, root)}\n")
-    for picture in sorted((root / "figures" / profile).glob("*.png")): print(picture.relative_to(root))
+    made = [f for copy in copies for f in json.loads((copy.parent / f".{copy.stem}.done").read_text())["figures"]]
+    if "results.csv" in made: print(f"\n{conditions(profile, root)}\n\n{results_table(profile, root)}\n")
+    for picture in made:
+        if picture.endswith(".png"): print(Path("figures") / profile / picture)
     for copy in copies: print(copy.with_suffix(".html").relative_to(root))
     print(f"{time.monotonic() - started:.0f} s")
     return 0

@@ -29,7 +29,7 @@ from .fusion import SIZES, XxaCT, choose, drop_modalities
 from .materials import Batch, MaterialSet, crystal_system
 from .mxm import MXMDecoder, hide_windows, last_token, scored_windows, window_errors
 
-# %% ../nbs/09_trainer.ipynb #8d886833
+# %% ../nbs/09_trainer.ipynb #4a0f35f3
 class Supervised(nn.Module):
     "Properties and symmetry, from labels where there are some."
 
@@ -42,6 +42,7 @@ class Supervised(nn.Module):
     ):
         super().__init__()
         choose("augment", augment, tuple(AUGMENTATIONS))
+        if symmetry_weight < 0: raise ValueError(f"symmetry_weight={symmetry_weight} must not be negative")
         self.model, self.symmetry_weight, self.modality_dropout, self.augment = model, symmetry_weight, modality_dropout, augment
         self.settings = dict(symmetry_weight=symmetry_weight, modality_dropout=modality_dropout, augment=augment)
 
@@ -67,7 +68,7 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     "Mean over the known labels (0 or more), 0 where there is none."
     return F.cross_entropy(logits, label, ignore_index=-1, reduction="sum") / (label >= 0).sum().clamp(min=1)
 
-# %% ../nbs/09_trainer.ipynb #739f8b49
+# %% ../nbs/09_trainer.ipynb #4294ad7a
 class Pretraining(nn.Module):
     "Masked XRD modelling and contrastive alignment."
 
@@ -82,7 +83,8 @@ class Pretraining(nn.Module):
         super().__init__()
         if model.config["modalities"] != "both":
             raise ValueError("pretraining needs modalities='both'; unimodal models take over its encoders")
-        if mxm_weight <= 0 and contrastive_weight <= 0: raise ValueError("mxm_weight and contrastive_weight are both 0: nothing to learn")
+        if min(mxm_weight, contrastive_weight) < 0 or max(mxm_weight, contrastive_weight) == 0:
+            raise ValueError(f"mxm_weight={mxm_weight} and contrastive_weight={contrastive_weight}: neither may be negative, nor both 0")
         self.model, self.mxm_weight, self.contrastive_weight = model, mxm_weight, contrastive_weight
         self.mask_share, self.mean_pattern_error = mask_share, mean_pattern_error
         self.settings = dict(mxm_weight=mxm_weight, contrastive_weight=contrastive_weight, mask_share=mask_share)
@@ -114,7 +116,7 @@ class Pretraining(nn.Module):
         weights = dict(mxm=self.mxm_weight, contrastive=self.contrastive_weight)
         return losses | dict(loss=sum(weights[k] * v for k, v in losses.items() if k in weights))
 
-# %% ../nbs/09_trainer.ipynb #a47e560f
+# %% ../nbs/09_trainer.ipynb #b94ff3ea
 def draws(seed: int, step: int) -> torch.Generator:
     "The random generator of one step, on the CPU."
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1))
@@ -153,9 +155,10 @@ def pick_device(device: str = "auto") -> torch.device:
     if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device}, but there is no GPU here; use cpu or auto")
+    if device.partition(":")[0] not in ("cpu", "cuda"): raise ValueError(f"device={device} does not exist; choose from auto, cpu, cuda")
     return torch.device(device)
 
-# %% ../nbs/09_trainer.ipynb #a40cbcae
+# %% ../nbs/09_trainer.ipynb #341050a0
 class Log:
     "A file of JSON lines that can be cut back to a step."
 
@@ -232,6 +235,7 @@ def train(
 ) -> None:
     "Train an objective in place; it ends with averaged weights. Raises `ValueError` for settings that cannot work."
     choose("schedule", schedule, ("cosine", "constant"))
+    if weight_decay < 0 or lr < 0: raise ValueError(f"weight_decay={weight_decay} and lr={lr} must not be negative")
     if batch_size < 1 or epochs < 1: raise ValueError(f"batch_size={batch_size} and epochs={epochs} must be at least 1")
     if batch_size > len(index):
         raise ValueError(f"batch_size={batch_size} is larger than the training split of {len(index)} materials; lower it")
@@ -303,7 +307,7 @@ class averaged:
             current = p.clone()
             p.copy_(self.average[k]); self.average[k].copy_(current)
 
-# %% ../nbs/09_trainer.ipynb #3d217334
+# %% ../nbs/09_trainer.ipynb #684a5485
 class Predictions(NamedTuple):
     "What a model says about some materials."
 
@@ -321,6 +325,7 @@ def predict(
     batch_size: int = 256,
 ) -> Predictions:
     "Predict properties and symmetry of some materials."
+    if not len(index): raise ValueError("no materials to predict")
     device = next(model.parameters()).device
     data, parts = data.to(device), []
     for i in index.split(batch_size):
