@@ -11,7 +11,7 @@ import nbformat
 import polars as pl
 import pytest
 
-from xxact.reproduce import NotebookFailed, main, parameters, reproduce, results_table, update_readme
+from xxact.reproduce import NotebookFailed, main, parameters, read_results, reproduce, results_table, update_readme
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(dataset="prototypes:240", epochs="1", pretrain_epochs="1", batch_size="16", pretrain_batch_size="16")
@@ -44,7 +44,7 @@ def test_notebooks_run_and_are_not_repeated(clone, capsys):
         folder = clone / "runs" / run["experiment"] / run["id"]
         needed = {"params.json", "log.jsonl", "model.safetensors", "results.json"}
         assert needed <= {p.name for p in folder.iterdir()} and not (folder / "state.pt").exists()
-    results = pl.read_csv(clone / "figures/smoke/results.csv")
+    results = read_results("smoke", clone)
     predictions = pl.read_parquet(clone / "runs/finetune" / results["id"][-1] / "predictions.parquet")
     mae = (predictions["volume_per_atom"] - predictions["volume_per_atom_predicted"]).abs().mean()
     assert mae == pytest.approx(results["volume_per_atom/mae"][-1], rel=1e-4)
@@ -131,6 +131,13 @@ def test_prepare_and_card(clone, capsys):
 def test_defaults_are_the_smoke_profile():
     for name, params in parameters(ROOT, "smoke", {}).items():
         assert params["profile"] == "smoke" and params["dataset"] == "prototypes:2400", name
+
+
+def test_a_hash_of_digits_stays_text(tmp_path):
+    (tmp_path / "figures/p").mkdir(parents=True)
+    head = "model,id,commit,data,pretrained,seed,training_materials,seconds,crystal_system/accuracy"
+    (tmp_path / "figures/p/results.csv").write_text(f"{head}\nxrd,1234567890,1234567,12e4567,,0,10,1.0,0.5\n")
+    assert results_table("p", tmp_path).splitlines()[-1].endswith("| 50.0 % | 1 | 10 | 1 | 1234567 |")
 
 
 def test_readme_says_what_the_files_say(tmp_path):

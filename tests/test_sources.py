@@ -183,7 +183,8 @@ def test_unrecognised_files_say_what_they_are(tmp_path, name, content, message):
 
 
 def test_unrecognised_places(tmp_path):
-    for path, message in ((tmp_path, "nothing"), (tmp_path / "no", "no such file"), ("prototypes:x", "N at least 1"), ("prototypes:0", "N at least 1")):
+    cases = (tmp_path, "nothing"), (tmp_path / "no", "no such file"), ("prototypes:x", "N at least 1"), ("prototypes:0", "N at least 1")
+    for path, message in cases:
         with pytest.raises(ValueError, match=message):
             S.read_source(path)
     pl.DataFrame({"material_id": ["a"], "d_spacing": [[1.0]]}).write_parquet(tmp_path / "t.parquet")

@@ -197,6 +197,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'xxact.reproduce.profiles': ('reproduce.html#profiles', 'xxact/reproduce.py'),
                                  'xxact.reproduce.project_root': ('reproduce.html#project_root', 'xxact/reproduce.py'),
                                  'xxact.reproduce.provenance': ('reproduce.html#provenance', 'xxact/reproduce.py'),
+                                 'xxact.reproduce.read_results': ('reproduce.html#read_results', 'xxact/reproduce.py'),
                                  'xxact.reproduce.reproduce': ('reproduce.html#reproduce', 'xxact/reproduce.py'),
                                  'xxact.reproduce.results_table': ('reproduce.html#results_table', 'xxact/reproduce.py'),
                                  'xxact.reproduce.run_notebook': ('reproduce.html#run_notebook', 'xxact/reproduce.py'),

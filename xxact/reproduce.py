@@ -7,7 +7,7 @@ __all__ = ['OPTIONS', 'MODELS', 'DEFAULT_TARGETS', 'SHOWN', 'BLOCKS', 'project_r
            'parameters_cell', 'parse_value', 'parameters', 'check_parameters', 'split_list', 'load_table',
            'wanted_targets', 'Run', 'provenance', 'keep_row', 'pretrain', 'load_pretraining', 'pretraining_scores',
            'finetune', 'write_predictions', 'dummy_scores', 'NotebookFailed', 'run_notebook', 'reproduce',
-           'results_table', 'update_readme', 'conditions', 'main']
+           'read_results', 'results_table', 'update_readme', 'conditions', 'main']
 
 # %% ../nbs/12_reproduce.ipynb #21820652
 import argparse
@@ -538,10 +538,21 @@ def reproduce(
         done.append(copy)
     return done
 
-# %% ../nbs/12_reproduce.ipynb #a72461ee
+# %% ../nbs/12_reproduce.ipynb #a299af4f
 SHOWN = {"formation_energy_per_atom/mae": "formation energy (eV/atom)", "band_gap/mae": "band gap (eV)",
          "lattice_energy_per_atom/mae": "lattice energy (eV/atom)", "volume_per_atom/mae_ln": "ln volume",
          "crystal_system/accuracy": "crystal system", "space_group/accuracy": "space group"}
+
+
+def read_results(
+    profile: str,
+    root: Path,
+) -> "pl.DataFrame":
+    "A profile's table of results; a hash of digits stays text. Raises `ValueError` where there is none."
+    import polars as pl
+    path = root / "figures" / profile / "results.csv"
+    if not path.exists(): raise ValueError(f"{path} does not exist; `make reproduce PROFILE={profile}` makes it")
+    return pl.read_csv(path, schema_overrides=dict.fromkeys(("id", "commit", "data", "pretrained"), pl.String))
 
 
 def results_table(
@@ -549,10 +560,7 @@ def results_table(
     root: Path,
 ) -> str:  # Markdown
     "The results of a profile's fine-tuning runs, from its table of results."
-    import polars as pl
-    path = root / "figures" / profile / "results.csv"
-    if not path.exists(): raise ValueError(f"{path} does not exist; `make reproduce PROFILE={profile}` makes it")
-    df = pl.read_csv(path)
+    df = read_results(profile, root)
     shown = {c: label for c, label in SHOWN.items() if c in df.columns}
     lines = [["model", *shown.values(), "seeds", "trained on", "seconds a run", "commit"], ["---"] * (len(shown) + 5)]
     for (model,), runs in df.group_by("model", maintain_order=True):
@@ -593,7 +601,7 @@ def conditions(
 ) -> str:
     "One sentence on the data, hardware and versions behind a profile's table."
     import polars as pl
-    df = pl.read_csv(root / "figures" / profile / "results.csv")
+    df = read_results(profile, root)
     row = df.filter(pl.col("id").is_not_null()).row(0, named=True)
     return (f"Profile `{profile}`: data `{row['dataset']}`, {int(row['crystal_system/n']):,} test materials, size `{row['size']}`, "
             f"{df.filter(pl.col('id').is_not_null())['seed'].n_unique()} seed(s), {row['epochs']} epochs, {row['hardware']}, {row['versions']}.")
