@@ -184,6 +184,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'xxact.reproduce.defaults': ('reproduce.html#defaults', 'xxact/reproduce.py'),
                                  'xxact.reproduce.dummy_scores': ('reproduce.html#dummy_scores', 'xxact/reproduce.py'),
                                  'xxact.reproduce.experiments': ('reproduce.html#experiments', 'xxact/reproduce.py'),
+                                 'xxact.reproduce.find_row': ('reproduce.html#find_row', 'xxact/reproduce.py'),
                                  'xxact.reproduce.finetune': ('reproduce.html#finetune', 'xxact/reproduce.py'),
                                  'xxact.reproduce.keep_row': ('reproduce.html#keep_row', 'xxact/reproduce.py'),
                                  'xxact.reproduce.load_pretraining': ('reproduce.html#load_pretraining', 'xxact/reproduce.py'),

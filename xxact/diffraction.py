@@ -272,7 +272,7 @@ def hide(
     seen = torch.stack([visible[r.row, p] for p in place]).all(0)
     return r._replace(intensity=r.intensity * seen)
 
-# %% ../nbs/01_diffraction.ipynb #b5448f1e
+# %% ../nbs/01_diffraction.ipynb #480d25cf
 class Augmentation(NamedTuple):
     "How strongly samples differ; the widths of the distributions that `perturb` draws from."
 
@@ -282,7 +282,8 @@ class Augmentation(NamedTuple):
     loss: float = 0.0  # share of the reflections that are lost
 
 
-AUGMENTATIONS = dict(ideal=Augmentation(), lab=Augmentation(strain=1e-3, shift=2e-4, texture=0.2, loss=0.05))
+_LAB = Augmentation(strain=1e-3, shift=2e-4, texture=0.2, loss=0.05)
+AUGMENTATIONS = dict(ideal=Augmentation(), lab=_LAB, scaled=_LAB._replace(strain=0.02))
 
 
 def perturb(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'MODELS', 'DEFAULT_TARGETS', 'SHOWN', 'BLOCKS', 'project_root', 'profiles', 'experiments', 'defaults',
            'parameters_cell', 'parse_value', 'parameters', 'check_parameters', 'split_list', 'load_table',
-           'wanted_targets', 'Run', 'provenance', 'keep_row', 'pretrain', 'load_pretraining', 'pretraining_scores',
-           'finetune', 'write_predictions', 'dummy_scores', 'NotebookFailed', 'run_notebook', 'reproduce',
-           'read_results', 'results_table', 'update_readme', 'conditions', 'main']
+           'wanted_targets', 'Run', 'provenance', 'keep_row', 'find_row', 'pretrain', 'load_pretraining',
+           'pretraining_scores', 'finetune', 'write_predictions', 'dummy_scores', 'NotebookFailed', 'run_notebook',
+           'reproduce', 'read_results', 'results_table', 'update_readme', 'conditions', 'main']
 
 # %% ../nbs/12_reproduce.ipynb #21820652
 import argparse
@@ -203,7 +203,7 @@ def wanted_targets(
 
 DEFAULT_TARGETS = ("formation_energy_per_atom", "band_gap", "lattice_energy_per_atom", "volume_per_atom")
 
-# %% ../nbs/12_reproduce.ipynb #428e33dd
+# %% ../nbs/12_reproduce.ipynb #b9a3e921
 class Run:
     "The folder of one run."
 
@@ -212,8 +212,9 @@ class Run:
         folder: Path,  # runs/<experiment>
         params: dict[str, object],  # everything that decides the outcome
         fingerprint: str,  # of the data
+        rows: Path | None = None,  # a table of finished runs, where results are looked up that are not in the folder
     ):
-        self.params, self.fingerprint = params, fingerprint
+        self.params, self.fingerprint, self.rows = params, fingerprint, rows
         self.id = run_id(params, fingerprint)
         self.folder = Path(folder) / self.id
         self.provenance = provenance()
@@ -222,7 +223,7 @@ class Run:
     def results(self) -> dict | None:
         "Metrics, seconds, hardware and versions; None while the run is not finished."
         try: return json.loads((self.folder / "results.json").read_text())
-        except (OSError, json.JSONDecodeError): return None
+        except (OSError, json.JSONDecodeError): return find_row(self.rows, self) if self.rows else None
 
     def start(self) -> None:
         "Make the folder and write the parameters."
@@ -276,6 +277,16 @@ def keep_row(
     temporary = table.with_name(f".{table.name}.{os.getpid()}")
     row.write_parquet(temporary)
     temporary.replace(table)
+
+#| export
+def find_row(
+    table: Path,  # figures/<profile>/runs.parquet
+    run: Run,
+) -> dict | None:
+    "Results of a run from the table of runs; None where it has none."
+    import polars as pl
+    if not table.exists() or (row := pl.read_parquet(table).filter(pl.col("id") == run.id)).is_empty(): return None
+    return {k: v for k, v in row.row(0, named=True).items() if v is not None and k not in (*run.params, "experiment")}
 
 # %% ../nbs/12_reproduce.ipynb #9142593d
 def _check_sides(data: MaterialSet) -> None:
@@ -362,7 +373,7 @@ def pretraining_scores(
             result |= {f"{name}_{k}": v for k, v in retrieval(query, pool, data.composition[index]).items()}
     return result
 
-# %% ../nbs/12_reproduce.ipynb #6ba606a2
+# %% ../nbs/12_reproduce.ipynb #9c1f1b7b
 def finetune(
     data: MaterialSet,
     folder: Path,  # runs/<experiment>
@@ -371,7 +382,7 @@ def finetune(
     size: str = "small",
     tokeniser: str = "peaks",
     fusion: str = "cross",
-    symmetry_weight: float = 0.75,
+    symmetry_weight: float = 2.0,  # of the crystal system's log loss, where a target's has 1
     modality_dropout: float = 0.0,
     augment: str = "lab",
     epochs: int = 8,
@@ -382,12 +393,13 @@ def finetune(
     materials: int = 0,  # training materials, the first in the order of their hash; 0: all
     seed: int = 0,
     device: str = "auto",
+    rows: Path | None = None,  # a table of finished runs that need not be trained again
 ) -> Run:  # results hold the scores on the test split, and on validation with the prefix val/
     "Train on the labels of a set's training side, or find the run that did."
     params = dict(modalities=modalities, pretrained=pretrained.id if pretrained else "", size=size, tokeniser=tokeniser, fusion=fusion,
                   symmetry_weight=symmetry_weight, modality_dropout=modality_dropout, augment=augment, epochs=epochs, batch_size=batch_size,
                   lr=lr, weight_decay=weight_decay, schedule=schedule, materials=materials, seed=seed)
-    run = Run(folder, params, data.fingerprint())
+    run = Run(folder, params, data.fingerprint(), rows)
     if run.results: return run
     _check_sides(data)
     index, val, test = (data.indices(s) for s in ("train", "val", "test"))
