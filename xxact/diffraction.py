@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['D_MIN', 'D_MAX', 'WEAKEST', 'WAVELENGTHS', 'CU_KA', 'TWO_THETA', 'N_WINDOWS', 'WINDOW_POINTS', 'LN_Q', 'WINDOW',
            'WINDOW_FWHM', 'N_PEAKS', 'RESOLUTION', 'WEAKEST_PEAK', 'AUGMENTATIONS', 'scattering_coefficients',
-           'scattering_factor', 'reflections', 'structure_reflections', 'two_theta_of', 'ln_q_of',
-           'lorentz_polarisation', 'Reflections', 'batch_reflections', 'draw', 'render', 'window_pattern', 'Peaks',
-           'peaks', 'hide', 'Augmentation', 'perturb']
+           'scattering_factor', 'Crystal', 'crystal_reflections', 'reflections', 'structure_reflections',
+           'two_theta_of', 'ln_q_of', 'lorentz_polarisation', 'Reflections', 'batch_reflections', 'draw', 'render',
+           'window_pattern', 'Peaks', 'peaks', 'hide', 'Augmentation', 'perturb']
 
-# %% ../nbs/01_diffraction.ipynb #661133a3
+# %% ../nbs/01_diffraction.ipynb #67ba64c8
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_diffraction.ipynb #b8fd36f3
+# %% ../nbs/01_diffraction.ipynb #937485c0
 @cache
 def scattering_coefficients() -> np.ndarray:  # (119, 4, 2): a_i (Å) and b_i (Å²) by atomic number; NaN where there are none
     "Coefficients of the X-ray scattering factors that pymatgen tabulates."
@@ -31,16 +32,105 @@ def scattering_coefficients() -> np.ndarray:  # (119, 4, 2): a_i (Å) and b_i (�
 
 
 def scattering_factor(
-    z: int,  # atomic number
-    s2: np.ndarray,  # (sin θ / λ)² = 1/4d², Å⁻²
-) -> np.ndarray:  # electrons
-    "X-ray scattering factor of a neutral atom."
-    a, b = scattering_coefficients()[z].T
-    return z - 41.78214 * s2 * (np.exp(-s2[:, None] * b) @ a)
+    z: np.ndarray,  # (k,) atomic numbers
+    s2: np.ndarray,  # (k, m), (sin θ / λ)² = 1/4d², Å⁻²
+) -> np.ndarray:  # (k, m) electrons
+    "X-ray scattering factors of neutral atoms."
+    a, b = scattering_coefficients()[z].astype(s2.dtype).transpose(2, 1, 0)[..., None]
+    falloff = sum(ai * np.exp(-bi * s2) for ai, bi in zip(a, b, strict=True))
+    return z.astype(s2.dtype)[:, None] - s2.dtype.type(41.78214) * s2 * falloff
 
-# %% ../nbs/01_diffraction.ipynb #0d437274
+# %% ../nbs/01_diffraction.ipynb #21922a93
+class Crystal(NamedTuple):
+    "A crystal as plain arrays."
+
+    lattice: np.ndarray  # (3, 3) row vectors, Å
+    frac_coords: np.ndarray  # (n, 3)
+    atomic_numbers: np.ndarray  # (n,)
+    occupancies: np.ndarray | None = None  # (n,) in (0, 1]; None: full
+
+
+def _box_intensities(
+    box: np.ndarray,  # (3,) largest h, k, l
+    crystals: list[Crystal],
+    axes: np.ndarray,  # (c, 3) which axis of each crystal is h, k, l
+    metric: np.ndarray,  # (c, 3, 3) reciprocal metric: 1/d² = hᵀ metric h, Å⁻²
+    b_iso: float,
+) -> tuple[np.ndarray, np.ndarray]:  # 1/d² and |F|² of half a box, each (c, hkl)
+    h, k, l = (i.ravel() for i in np.mgrid[: box[0] + 1, -box[1] : box[1] + 1, -box[2] : box[2] + 1])
+    g2 = metric[:, (0, 1, 2, 0, 0, 1), (0, 1, 2, 1, 2, 2)] @ np.stack([h * h, k * k, l * l, 2 * h * k, 2 * h * l, 2 * k * l]).astype(float)
+    crystal = np.repeat(np.arange(len(crystals)), [len(c.atomic_numbers) for c in crystals])
+    key = 128 * crystal + np.concatenate([c.atomic_numbers for c in crystals])
+    order = key.argsort(kind="stable")
+    elements, first, counts = np.unique(key[order], return_index=True, return_counts=True)  # the elements of each crystal
+    crystal_of, z = np.divmod(elements, 128)
+    row = np.repeat(np.arange(len(elements)), counts)
+    at = row, np.arange(len(key)) - first[row]
+    x = np.take_along_axis(np.concatenate([c.frac_coords for c in crystals]), axes[crystal], 1)[order]
+    turn, occupancy = np.zeros((3, len(elements), counts.max()), complex), np.zeros((len(elements), counts.max(), 1), np.float32)
+    turn[:, *at] = np.exp(2j * np.pi * x).T
+    occupancy[*at, 0] = np.concatenate([c.occupancies for c in crystals])[order]
+    powers = [np.cumprod(np.broadcast_to(t[..., None], (*t.shape, m)), 2).astype(np.complex64) for t, m in zip(turn, box, strict=True)]
+    ones = np.ones((*turn.shape[1:], 1), np.complex64)
+    along_h, along_k, along_l = (np.concatenate([*back, ones, p], 2) for back, p in
+                                 zip(([], [powers[1][..., ::-1].conj()], [powers[2][..., ::-1].conj()]), powers, strict=True))
+    along_hk = ((along_h * occupancy)[..., None] * along_k[:, :, None]).reshape(*turn.shape[1:], -1)
+    waves = (along_hk.transpose(0, 2, 1) @ along_l).reshape(len(elements), -1)
+    s2 = (g2 / 4).astype(np.float32)
+    waves *= scattering_factor(z, s2[crystal_of])
+    f = np.add.reduceat(waves, np.searchsorted(crystal_of, np.arange(len(crystals))))
+    friedel = 1 + (h > 0).astype(np.float32)  # h > 0 stands for its Friedel mate; h = 0 holds both
+    return g2, (f.real**2 + f.imag**2) * friedel * np.exp(-2 * b_iso * s2)
+
+# %% ../nbs/01_diffraction.ipynb #a326581c
 D_MIN, D_MAX = 1.05, 60.0  # Å, the stored range: 1.05 Å is the end of 5-90° at Cu Kα
-WEAKEST = 1e-4  # a reflection is dropped when I·d² is below this share of its maximum
+WEAKEST = 1e-4  # a reflection is dropped when I·d² is below this share of its maximum; d² is the Lorentz factor up to a bounded term
+_BOX_BUDGET = 2**18  # numbers in one array, a size that stays in the cache
+
+
+def crystal_reflections(
+    crystals: Sequence[Crystal],
+    d_min: float = D_MIN,  # Å
+    d_max: float = D_MAX,  # Å
+    b_iso: float = 0.0,  # isotropic Debye-Waller factor, Å²
+    weakest: float = WEAKEST,
+) -> list[tuple[np.ndarray, np.ndarray]]:  # each d_spacing (m,) Å descending; intensity (m,), |F|² × multiplicity, maximum 1
+    "Kinematic powder reflections of many crystals, independent of the wavelength. Raises `ValueError` for an impossible cell or atom."
+    crystals = [_as_arrays(c) for c in crystals]
+    _check_crystals(crystals, d_min, d_max)
+    lattices = np.stack([c.lattice for c in crystals])
+    lengths = np.linalg.norm(lattices, axis=2)
+    axes = lengths.argsort(1)[:, ::-1]
+    reciprocal = np.linalg.inv(np.take_along_axis(lattices, axes[..., None], 1))
+    metric = reciprocal.transpose(0, 2, 1) @ reciprocal
+    top = np.floor(np.take_along_axis(lengths, axes, 1) / d_min).astype(int)
+    step = 2 ** np.maximum(0, np.frexp(top)[1] - 3)
+    boxes, which = np.unique(-(-top // step) * step, axis=0, return_inverse=True)
+    n_atoms, parts = np.array([len(c.atomic_numbers) for c in crystals]), []
+    for i, box in enumerate(boxes):
+        members = np.flatnonzero(which.ravel() == i)
+        members = members[n_atoms[members].argsort()]
+        together = max(1, _BOX_BUDGET // int(3 * (box[0] + 1) * (2 * box[1:] + 1).prod()))
+        for some in np.split(members, range(together, len(members), together)):
+            g2, intensity = _box_intensities(box, [crystals[j] for j in some], axes[some], metric[some], b_iso)
+            at = np.nonzero((g2 <= d_min**-2) & (g2 >= d_max**-2))
+            parts.append((some[at[0]], np.sqrt(g2[at]), intensity[at]))
+    row, g, intensity = (np.concatenate(p) for p in zip(*parts, strict=True))
+    _refuse(np.bincount(row, minlength=len(crystals)) == 0,
+            f"no reflection between d = {d_min:g} and {d_max:g} Å; so small a cell needs a smaller d_min")
+    order = (row + 0.5 * d_min * g).argsort()
+    row, g, intensity = row[order], g[order], intensity[order].astype(float)
+    first = np.flatnonzero((np.diff(g, prepend=0) > 1e-5 * g) | (np.diff(row, prepend=-1) > 0))  # equal d merged, to one part in 10⁵
+    weight = intensity + 1e-30  # an extinct line keeps its place
+    d = np.add.reduceat(weight, first) / np.add.reduceat(weight * g, first)
+    row, intensity = row[first], np.add.reduceat(intensity, first)
+    begin = np.searchsorted(row, np.arange(len(crystals)))
+    visible = intensity * d**2
+    strong = visible >= weakest * np.maximum.reduceat(visible, begin)[row]
+    row, d, intensity = row[strong], d[strong], intensity[strong]
+    begin = np.searchsorted(row, np.arange(len(crystals)))
+    intensity /= np.maximum.reduceat(intensity, begin)[row]
+    return list(zip(*(np.split(v.astype(np.float32), begin[1:]) for v in (d, intensity)), strict=True))
 
 
 def reflections(
@@ -48,55 +138,44 @@ def reflections(
     frac_coords: np.ndarray,  # (n, 3)
     atomic_numbers: np.ndarray,  # (n,)
     occupancies: np.ndarray | None = None,  # (n,) in (0, 1]; None: full
-    d_min: float = D_MIN,  # Å
-    d_max: float = D_MAX,  # Å
-    b_iso: float = 0.0,  # isotropic Debye-Waller factor, Å²
+    **kwargs: float,  # d_min, d_max (Å), b_iso (Å²), weakest
 ) -> tuple[np.ndarray, np.ndarray]:  # d_spacing (m,) Å descending; intensity (m,), |F|² × multiplicity, maximum 1
-    "Kinematic powder reflections of a crystal, independent of the wavelength. Raises `ValueError` for an impossible cell or atom."
-    lattice, x = np.asarray(lattice, float).reshape(3, 3), np.asarray(frac_coords, float).reshape(-1, 3)
-    z = np.asarray(atomic_numbers, int)
-    occupancy = np.ones(len(z)) if occupancies is None else np.asarray(occupancies, float)
-    _check_cell(lattice, x, z, occupancy, d_min, d_max)
-    axes = [np.arange(-m, m + 1) for m in np.floor(np.linalg.norm(lattice, axis=1) / d_min).astype(int)]
-    axes[0] = axes[0][axes[0] >= 0]
-    h, k, l = np.ix_(*axes)
-    reciprocal = np.linalg.inv(lattice)
-    m = reciprocal.T @ reciprocal  # 1/d² = hᵀ m h
-    g2 = (m[0, 0] * h * h + m[1, 1] * k * k + m[2, 2] * l * l + 2 * (m[0, 1] * h * k + m[0, 2] * h * l + m[1, 2] * k * l)).ravel()
-    inside = np.flatnonzero((g2 <= d_min**-2) & (g2 >= d_max**-2))
-    if not len(inside): raise ValueError(f"no reflection between d = {d_min:g} and {d_max:g} Å; so small a cell needs a smaller d_min")
-    s2 = g2[inside] / 4
-    phases = [np.exp(2j * np.pi * np.outer(axis, x[:, i])) for i, axis in enumerate(axes)]
-    amplitude = np.zeros(len(inside), complex)
-    for element in np.unique(z):
-        j = z == element
-        hk = (phases[0][:, None, j] * phases[1][None, :, j]).reshape(-1, j.sum())
-        amplitude += scattering_factor(element, s2) * ((hk * occupancy[j]) @ phases[2][:, j].T).ravel()[inside]
-    intensity = np.abs(amplitude) ** 2 * np.exp(-2 * b_iso * s2)
-    intensity[inside >= len(axes[1]) * len(axes[2])] *= 2  # h > 0 stands for its Friedel mate; h = 0 holds both
-    order = np.argsort(s2)
-    g = 2 * np.sqrt(s2[order])
-    first = np.flatnonzero(np.diff(g, prepend=-1) > 1e-5 * g)  # equal d merged, to one part in 10⁵
-    d, intensity = 1 / g[first], np.add.reduceat(intensity[order], first)
-    strong = intensity * d**2 >= WEAKEST * (intensity * d**2).max()  # d² is the Lorentz factor up to a bounded term
-    d, intensity = d[strong], intensity[strong]
-    return d.astype(np.float32), (intensity / intensity.max()).astype(np.float32)
+    "`crystal_reflections` of one crystal."
+    return crystal_reflections([Crystal(lattice, frac_coords, atomic_numbers, occupancies)], **kwargs)[0]
 
 
-def _check_cell(lattice: np.ndarray, x: np.ndarray, z: np.ndarray, occupancy: np.ndarray, d_min: float, d_max: float) -> None:
-    if not len(z): raise ValueError("a structure without atoms has no reflections")
-    if not len(x) == len(occupancy) == len(z): raise ValueError(f"{len(x)} positions, {len(occupancy)} occupancies and {len(z)} atoms")
-    if not np.isfinite(lattice).all() or abs(np.linalg.det(lattice)) < 1e-3: raise ValueError("singular lattice: no volume, or not finite")
-    if not np.isfinite(x).all(): raise ValueError("fractional coordinates are NaN or infinite")
-    if not ((occupancy > 0) & (occupancy <= 1)).all(): raise ValueError("occupancies must be in (0, 1]")
+def _as_arrays(c: Crystal) -> Crystal:
+    z = np.asarray(c.atomic_numbers, int)
+    occupancies = np.ones(len(z)) if c.occupancies is None else np.asarray(c.occupancies, float)
+    return Crystal(np.asarray(c.lattice, float).reshape(3, 3), np.asarray(c.frac_coords, float).reshape(-1, 3), z, occupancies)
+
+
+def _check_crystals(crystals: list[Crystal], d_min: float, d_max: float) -> None:
+    if not crystals: raise ValueError("no crystals were given")
     if not 0 < d_min < d_max: raise ValueError(f"0 < d_min < d_max is needed, not {d_min:g} and {d_max:g} Å")
-    unknown = [int(e) for e in np.unique(z) if not (0 < e < 119) or np.isnan(scattering_coefficients()[e]).any()]
-    if unknown: raise ValueError(f"no X-ray scattering factors for atomic number {unknown[0]}; 1 to 98 are tabulated")
+    counts = np.array([[len(a) for a in (c.atomic_numbers, c.frac_coords, c.occupancies)] for c in crystals])
+    _refuse(counts[:, 0] == 0, "a structure without atoms has no reflections")
+    _refuse((counts != counts[:, :1]).any(1), "atoms, positions and occupancies differ in number")
+    lattices = np.stack([c.lattice for c in crystals])
+    with np.errstate(invalid="ignore"): volumes = np.abs(np.linalg.det(lattices))
+    _refuse(~np.isfinite(lattices).all((1, 2)) | ~(volumes >= 1e-3), "singular lattice: no volume, or not finite")
+    begin = counts[:, 0].cumsum() - counts[:, 0]
+    z, x, occupancy = (np.concatenate([c[i] for c in crystals]) for i in (2, 1, 3))
+    some = lambda bad: np.logical_or.reduceat(bad, begin)
+    _refuse(some(~np.isfinite(x).all(1)), "fractional coordinates are NaN or infinite")
+    _refuse(some(~((occupancy > 0) & (occupancy <= 1))), "occupancies must be in (0, 1]")
+    unknown = np.isnan(scattering_coefficients()[z.clip(0, 118), 0, 0]) | (z < 1) | (z > 118)
+    _refuse(some(unknown), f"no X-ray scattering factors for atomic number {z[unknown.argmax()]}; 1 to 98 are tabulated")
+
+
+def _refuse(bad: np.ndarray, reason: str) -> None:
+    "Raise `ValueError` for the first crystal that is bad."
+    if bad.any(): raise ValueError((f"crystal {bad.argmax()}: " if len(bad) > 1 else "") + reason)
 
 
 def structure_reflections(
     structure: "pymatgen.core.Structure",  # noqa: F821
-    **kwargs: float,  # d_min, d_max (Å), b_iso (Å²)
+    **kwargs: float,  # d_min, d_max (Å), b_iso (Å²), weakest
 ) -> tuple[np.ndarray, np.ndarray]:  # d_spacing (m,) Å; intensity (m,)
     "`reflections` of a pymatgen `Structure`, partial occupancies included."
     sites = [(el.Z, occ, site.frac_coords) for site in structure for el, occ in site.species.items()]
