@@ -18,7 +18,7 @@ REAL = os.environ.get("XXACT_REAL_DATA")
 
 
 def differences(structure: Structure, radiation: str) -> tuple[float, float]:
-    "Largest differences from pymatgen: positions (degrees) and intensities (of the strongest) of peaks above 0.1 %, lists merged within 2e-3 degrees."
+    "Largest differences from pymatgen in position (degrees) and intensity (of the strongest), peaks above 0.1 %, lists merged within 2e-3 degrees."
     low, high = TWO_THETA
     wavelength = WAVELENGTHS[radiation]
     reference = XRDCalculator(radiation).get_pattern(structure, two_theta_range=(low, high))
