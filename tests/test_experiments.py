@@ -39,7 +39,7 @@ def test_notebooks_run_and_are_not_repeated(clone, capsys):
     pictures = sorted((clone / "figures/smoke").glob("*.png"))
     assert len(pictures) >= 7 and all(p.with_suffix(".csv").exists() for p in pictures)
     rows = pl.read_parquet(clone / "figures/smoke/runs.parquet")
-    assert rows["experiment"].to_list() == ["pretrain"] + ["finetune"] * 4
+    assert rows["experiment"].to_list() == ["pretrain"] + ["finetune"] * 5
     for run in rows.iter_rows(named=True):
         folder = clone / "runs" / run["experiment"] / run["id"]
         needed = {"params.json", "log.jsonl", "model.safetensors", "results.json"}
@@ -49,6 +49,10 @@ def test_notebooks_run_and_are_not_repeated(clone, capsys):
     mae = (predictions["volume_per_atom"] - predictions["volume_per_atom_predicted"]).abs().mean()
     assert mae == pytest.approx(results["volume_per_atom/mae"][-1], rel=1e-4)
     assert "| both-pretrained |" in results_table("smoke", clone)
+    changes = pl.read_csv(clone / "figures/smoke/changes.csv").filter(pl.col("target") == "lattice_energy_per_atom")
+    mae = dict(results.select("model", "lattice_energy_per_atom/mae").iter_rows())
+    for row in changes.iter_rows(named=True):
+        assert row["change"] == pytest.approx(mae[row["model"]] / mae[row["against"]] - 1, abs=1e-3) and row["low"] <= row["change"] <= row["high"]
     capsys.readouterr()
     times = [c.stat().st_mtime_ns for c in copies]
     assert main(["reproduce", *(f"{k.upper()}={v}" for k, v in TINY.items())]) == 0

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_diffraction.ipynb #937485c0
+# %% ../nbs/01_diffraction.ipynb #f81709a6
 @cache
 def scattering_coefficients() -> np.ndarray:  # (119, 4, 2): a_i (Å) and b_i (Å²) by atomic number; NaN where there are none
     "Coefficients of the X-ray scattering factors that pymatgen tabulates."
@@ -36,11 +36,14 @@ def scattering_factor(
     s2: np.ndarray,  # (k, m), (sin θ / λ)² = 1/4d², Å⁻²
 ) -> np.ndarray:  # (k, m) electrons
     "X-ray scattering factors of neutral atoms."
-    a, b = scattering_coefficients()[z].astype(s2.dtype).transpose(2, 1, 0)[..., None]
-    falloff = sum(ai * np.exp(-bi * s2) for ai, bi in zip(a, b, strict=True))
-    return z.astype(s2.dtype)[:, None] - s2.dtype.type(41.78214) * s2 * falloff
+    f, term = np.zeros_like(s2), np.empty_like(s2)
+    for a, b in scattering_coefficients()[z].astype(s2.dtype).transpose(1, 2, 0)[..., None]:
+        np.exp(np.multiply(s2, -b, out=term), out=term)
+        f += np.multiply(term, a, out=term)
+    f *= np.multiply(s2, -41.78214, out=term)
+    return np.add(f, z[:, None], out=f, casting="same_kind")
 
-# %% ../nbs/01_diffraction.ipynb #21922a93
+# %% ../nbs/01_diffraction.ipynb #1b69fcab
 class Crystal(NamedTuple):
     "A crystal as plain arrays."
 
@@ -48,6 +51,21 @@ class Crystal(NamedTuple):
     frac_coords: np.ndarray  # (n, 3)
     atomic_numbers: np.ndarray  # (n,)
     occupancies: np.ndarray | None = None  # (n,) in (0, 1]; None: full
+
+
+def _waves(
+    x: np.ndarray,  # (k, n, 3) fractional coordinates of atoms of one element
+    occupancy: np.ndarray,  # (k, n), 0 is padding
+    box: np.ndarray,  # (3,) largest h, k, l
+) -> np.ndarray:  # (k, hkl) complex
+    "Sum of the waves from the atoms for half a box of (h, k, l)."
+    turn = np.exp(2j * np.pi * x).astype(np.complex64)
+    h, k, l = (np.cumprod(np.broadcast_to(turn[..., i, None], (*occupancy.shape, m)), 2) for i, m in enumerate(box))
+    one = np.ones((*occupancy.shape, 1), np.complex64)
+    h = np.concatenate([one, h], 2) * occupancy[..., None]
+    k, l = (np.concatenate([t[..., ::-1].conj(), one, t], 2) for t in (k, l))
+    hk = (h[..., None] * k[:, :, None]).reshape(*occupancy.shape, -1)
+    return (hk.transpose(0, 2, 1) @ l).reshape(len(x), -1)
 
 
 def _box_intensities(
@@ -62,27 +80,25 @@ def _box_intensities(
     crystal = np.repeat(np.arange(len(crystals)), [len(c.atomic_numbers) for c in crystals])
     key = 128 * crystal + np.concatenate([c.atomic_numbers for c in crystals])
     order = key.argsort(kind="stable")
-    elements, first, counts = np.unique(key[order], return_index=True, return_counts=True)  # the elements of each crystal
-    crystal_of, z = np.divmod(elements, 128)
-    row = np.repeat(np.arange(len(elements)), counts)
-    at = row, np.arange(len(key)) - first[row]
     x = np.take_along_axis(np.concatenate([c.frac_coords for c in crystals]), axes[crystal], 1)[order]
-    turn, occupancy = np.zeros((3, len(elements), counts.max()), complex), np.zeros((len(elements), counts.max(), 1), np.float32)
-    turn[:, *at] = np.exp(2j * np.pi * x).T
-    occupancy[*at, 0] = np.concatenate([c.occupancies for c in crystals])[order]
-    powers = [np.cumprod(np.broadcast_to(t[..., None], (*t.shape, m)), 2).astype(np.complex64) for t, m in zip(turn, box, strict=True)]
-    ones = np.ones((*turn.shape[1:], 1), np.complex64)
-    along_h, along_k, along_l = (np.concatenate([*back, ones, p], 2) for back, p in
-                                 zip(([], [powers[1][..., ::-1].conj()], [powers[2][..., ::-1].conj()]), powers, strict=True))
-    along_hk = ((along_h * occupancy)[..., None] * along_k[:, :, None]).reshape(*turn.shape[1:], -1)
-    waves = (along_hk.transpose(0, 2, 1) @ along_l).reshape(len(elements), -1)
+    occupancy = np.concatenate([c.occupancies for c in crystals]).astype(np.float32)[order]
+    elements, first, counts = np.unique(key[order], return_index=True, return_counts=True)  # the elements of each crystal
+    f = np.empty((len(elements), len(h)), np.complex64)
+    sizes = 2 ** np.ceil(np.log2(counts)).astype(int)
+    for size in np.unique(sizes):
+        some, place = np.flatnonzero(sizes == size), np.arange(size)
+        at = first[some, None] + place.clip(max=counts[some, None] - 1)
+        f[some] = _waves(x[at], occupancy[at] * (place < counts[some, None]), box)
+    crystal_of, z = np.divmod(elements, 128)
     s2 = (g2 / 4).astype(np.float32)
-    waves *= scattering_factor(z, s2[crystal_of])
-    f = np.add.reduceat(waves, np.searchsorted(crystal_of, np.arange(len(crystals))))
+    f *= scattering_factor(z, s2[crystal_of])
+    begin = np.searchsorted(crystal_of, np.arange(len(crystals) + 1))
+    total, n_elements = f[begin[:-1]], np.diff(begin)
+    for i in range(1, n_elements.max()): total[n_elements > i] += f[begin[:-1][n_elements > i] + i]
     friedel = 1 + (h > 0).astype(np.float32)  # h > 0 stands for its Friedel mate; h = 0 holds both
-    return g2, (f.real**2 + f.imag**2) * friedel * np.exp(-2 * b_iso * s2)
+    return g2, (total.real**2 + total.imag**2) * friedel * np.exp(-2 * b_iso * s2)
 
-# %% ../nbs/01_diffraction.ipynb #a326581c
+# %% ../nbs/01_diffraction.ipynb #a0dfec4e
 D_MIN, D_MAX = 1.05, 60.0  # Å, the stored range: 1.05 Å is the end of 5-90° at Cu Kα
 WEAKEST = 1e-4  # a reflection is dropped when I·d² is below this share of its maximum; d² is the Lorentz factor up to a bounded term
 _BOX_BUDGET = 2**18  # numbers in one array, a size that stays in the cache
@@ -106,29 +122,40 @@ def crystal_reflections(
     top = np.floor(np.take_along_axis(lengths, axes, 1) / d_min).astype(int)
     step = 2 ** np.maximum(0, np.frexp(top)[1] - 3)
     boxes, which = np.unique(-(-top // step) * step, axis=0, return_inverse=True)
-    n_atoms, parts = np.array([len(c.atomic_numbers) for c in crystals]), []
+    n_atoms = np.array([len(c.atomic_numbers) for c in crystals])
+    done = [None] * len(crystals)
     for i, box in enumerate(boxes):
         members = np.flatnonzero(which.ravel() == i)
         members = members[n_atoms[members].argsort()]
         together = max(1, _BOX_BUDGET // int(3 * (box[0] + 1) * (2 * box[1:] + 1).prod()))
         for some in np.split(members, range(together, len(members), together)):
             g2, intensity = _box_intensities(box, [crystals[j] for j in some], axes[some], metric[some], b_iso)
-            at = np.nonzero((g2 <= d_min**-2) & (g2 >= d_max**-2))
-            parts.append((some[at[0]], np.sqrt(g2[at]), intensity[at]))
-    row, g, intensity = (np.concatenate(p) for p in zip(*parts, strict=True))
-    _refuse(np.bincount(row, minlength=len(crystals)) == 0,
-            f"no reflection between d = {d_min:g} and {d_max:g} Å; so small a cell needs a smaller d_min")
-    order = (row + 0.5 * d_min * g).argsort()
-    row, g, intensity = row[order], g[order], intensity[order].astype(float)
-    first = np.flatnonzero((np.diff(g, prepend=0) > 1e-5 * g) | (np.diff(row, prepend=-1) > 0))  # equal d merged, to one part in 10⁵
+            inside = (g2 <= d_min**-2) & (g2 >= d_max**-2)
+            _refuse(np.isin(np.arange(len(crystals)), some[~inside.any(1)]),
+                    f"no reflection between d = {d_min:g} and {d_max:g} Å; so small a cell needs a smaller d_min")
+            row = np.repeat(np.arange(len(some)), inside.sum(1))
+            for j, pair in zip(some, _merge(row, np.sqrt(g2[inside]), intensity[inside], 0.5 * d_min, weakest), strict=True): done[j] = pair
+    return done
+
+
+def _merge(
+    row: np.ndarray,  # (m,) ascending, which crystal
+    g: np.ndarray,  # (m,) 1/d, Å⁻¹
+    intensity: np.ndarray,  # (m,)
+    unit: float,  # makes 1/d smaller than 1
+    weakest: float,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    "Merge equal d, to one part in 10⁵, drop what is too weak, and scale."
+    order = (row + unit * g).argsort()
+    g, intensity = g[order], intensity[order].astype(float)
+    first = np.flatnonzero((np.diff(g, prepend=0) > 1e-5 * g) | (np.diff(row, prepend=-1) > 0))
     weight = intensity + 1e-30  # an extinct line keeps its place
     d = np.add.reduceat(weight, first) / np.add.reduceat(weight * g, first)
     row, intensity = row[first], np.add.reduceat(intensity, first)
-    begin = np.searchsorted(row, np.arange(len(crystals)))
-    visible = intensity * d**2
+    visible, begin = intensity * d**2, np.flatnonzero(np.diff(row, prepend=-1))
     strong = visible >= weakest * np.maximum.reduceat(visible, begin)[row]
     row, d, intensity = row[strong], d[strong], intensity[strong]
-    begin = np.searchsorted(row, np.arange(len(crystals)))
+    begin = np.flatnonzero(np.diff(row, prepend=-1))
     intensity /= np.maximum.reduceat(intensity, begin)[row]
     return list(zip(*(np.split(v.astype(np.float32), begin[1:]) for v in (d, intensity)), strict=True))
 

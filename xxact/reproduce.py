@@ -7,7 +7,7 @@ __all__ = ['OPTIONS', 'MODELS', 'DEFAULT_TARGETS', 'SHOWN', 'BLOCKS', 'project_r
            'parameters_cell', 'parse_value', 'parameters', 'check_parameters', 'split_list', 'load_table',
            'wanted_targets', 'Run', 'provenance', 'keep_row', 'find_row', 'pretrain', 'load_pretraining',
            'pretraining_scores', 'finetune', 'write_predictions', 'dummy_scores', 'NotebookFailed', 'run_notebook',
-           'reproduce', 'read_results', 'results_table', 'update_readme', 'conditions', 'main']
+           'reproduce', 'read_results', 'results_table', 'changes_table', 'update_readme', 'conditions', 'main']
 
 # %% ../nbs/12_reproduce.ipynb #21820652
 import argparse
@@ -550,7 +550,7 @@ def reproduce(
         done.append(copy)
     return done
 
-# %% ../nbs/12_reproduce.ipynb #a299af4f
+# %% ../nbs/12_reproduce.ipynb #b77546cd
 SHOWN = {"formation_energy_per_atom/mae": "formation energy (eV/atom)", "band_gap/mae": "band gap (eV)",
          "lattice_energy_per_atom/mae": "lattice energy (eV/atom)", "volume_per_atom/mae_ln": "ln volume",
          "crystal_system/accuracy": "crystal system", "space_group/accuracy": "space group"}
@@ -581,6 +581,21 @@ def results_table(
         about = [str(seeds), f"{runs['training_materials'][0]:,}", f"{runs['seconds'].mean():,.0f}", runs["commit"][0] or ""] if seeds else [""] * 4
         lines.append([model, *cells, *about])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def changes_table(
+    profile: str,
+    root: Path,
+) -> str:  # Markdown
+    "How the errors of a profile's models compare, from the file that the fine-tuning notebook wrote."
+    import polars as pl
+    label = lambda t: SHOWN.get(f"{t}/mae", SHOWN.get(f"{t}/mae_ln", t)).partition(" (")[0]
+    table: dict[tuple, dict] = {}
+    for r in pl.read_csv(root / "figures" / profile / "changes.csv").iter_rows(named=True):
+        cell = f"{r['change']:+.1%} ({r['low']:+.1%} to {r['high']:+.1%})"
+        table.setdefault((r["model"], r["against"]), {})[label(r["target"])] = cell.replace("%", " %")
+    lines = [["model", "against", *next(iter(table.values()))], ["---"] * (2 + len(next(iter(table.values()))))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *([*k, *v.values()] for k, v in table.items())])
 
 
 def _with_spread(values: "pl.Series", percent: bool) -> str:
@@ -619,7 +634,7 @@ def conditions(
             f"{df.filter(pl.col('id').is_not_null())['seed'].n_unique()} seed(s), {row['epochs']} epochs, {row['hardware']}, {row['versions']}.")
 
 
-BLOCKS = dict(results=results_table, conditions=conditions)
+BLOCKS = dict(results=results_table, changes=changes_table, conditions=conditions)
 
 # %% ../nbs/12_reproduce.ipynb #328c9398
 def main(arguments: Sequence[str] | None = None) -> int:
