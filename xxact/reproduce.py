@@ -114,8 +114,8 @@ def parameters(
     return {name: d | {k: parse_value(k, changed[k], d[k]) for k in d if k in changed} | dict(profile=profile)
             for name, d in known.items() if not only or name in only}
 
-# %% ../nbs/12_reproduce.ipynb #995e394e
-OPTIONS = dict(size=tuple(SIZES), tokeniser=tuple(TOKENISERS), fusion=FUSIONS, augment=tuple(AUGMENTATIONS), schedule=("cosine", "constant"))
+# %% ../nbs/12_reproduce.ipynb #768ba7e2
+OPTIONS = dict(size=tuple(SIZES), tokeniser=tuple(TOKENISERS), fusion=FUSIONS, augment=("auto", *AUGMENTATIONS), schedule=("cosine", "constant"))
 MODELS = ("composition", "xrd", "both", "concat", *(f"{m}-pretrained" for m in ("composition", "xrd", "both", "concat")))
 
 
@@ -373,7 +373,7 @@ def pretraining_scores(
             result |= {f"{name}_{k}": v for k, v in retrieval(query, pool, data.composition[index]).items()}
     return result
 
-# %% ../nbs/12_reproduce.ipynb #9c1f1b7b
+# %% ../nbs/12_reproduce.ipynb #e2e15a1c
 def finetune(
     data: MaterialSet,
     folder: Path,  # runs/<experiment>
@@ -384,7 +384,7 @@ def finetune(
     fusion: str = "cross",
     symmetry_weight: float = 2.0,  # of the crystal system's log loss, where a target's has 1
     modality_dropout: float = 0.0,
-    augment: str = "lab",
+    augment: str = "auto",  # how training samples differ from the calculation: ideal, lab or scaled; auto: scaled for XRD alone, else lab
     epochs: int = 8,
     batch_size: int = 64,
     lr: float = 0.0,  # 0: that of the size
@@ -396,6 +396,7 @@ def finetune(
     rows: Path | None = None,  # a table of finished runs that need not be trained again
 ) -> Run:  # results hold the scores on the test split, and on validation with the prefix val/
     "Train on the labels of a set's training side, or find the run that did."
+    if augment == "auto": augment = "scaled" if modalities == "xrd" else "lab"
     params = dict(modalities=modalities, pretrained=pretrained.id if pretrained else "", size=size, tokeniser=tokeniser, fusion=fusion,
                   symmetry_weight=symmetry_weight, modality_dropout=modality_dropout, augment=augment, epochs=epochs, batch_size=batch_size,
                   lr=lr, weight_decay=weight_decay, schedule=schedule, materials=materials, seed=seed)
