@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import polars as pl
     from matplotlib.figure import Figure
 
-# %% ../nbs/13_figures.ipynb #7a65080e
+# %% ../nbs/13_figures.ipynb #808db056
 LABELS = {t: t.removesuffix("_per_atom").replace("_", " ") for t in TARGETS} | dict(volume_per_atom="volume per atom")
 COLUMN = 3.4  # inches, the width of a journal's column
 
@@ -29,7 +29,7 @@ def style() -> None:
     import matplotlib.pyplot as plt
     import seaborn as sns
     sns.set_theme("paper", "ticks", palette="colorblind", font_scale=0.9)
-    plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 160, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False,
+    plt.rcParams.update({"figure.dpi": 80, "savefig.dpi": 160, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False,
                          "legend.frameon": False, "lines.linewidth": 1.2, "svg.hashsalt": "xxact", "figure.constrained_layout.use": True})
 
 
