@@ -98,7 +98,7 @@ def _box_intensities(
     friedel = 1 + (h > 0).astype(np.float32)  # h > 0 stands for its Friedel mate; h = 0 holds both
     return g2, (total.real**2 + total.imag**2) * friedel * np.exp(-2 * b_iso * s2)
 
-# %% ../nbs/01_diffraction.ipynb #a0dfec4e
+# %% ../nbs/01_diffraction.ipynb #27134fbf
 D_MIN, D_MAX = 1.05, 60.0  # Å, the stored range: 1.05 Å is the end of 5-90° at Cu Kα
 WEAKEST = 1e-4  # a reflection is dropped when I·d² is below this share of its maximum; d² is the Lorentz factor up to a bounded term
 _BOX_BUDGET = 2**18  # numbers in one array, a size that stays in the cache
@@ -113,7 +113,7 @@ def crystal_reflections(
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # each d_spacing (m,) Å descending; intensity (m,), |F|² × multiplicity, maximum 1
     "Kinematic powder reflections of many crystals, independent of the wavelength. Raises `ValueError` for an impossible cell or atom."
     crystals = [_as_arrays(c) for c in crystals]
-    _check_crystals(crystals, d_min, d_max)
+    _check_crystals(crystals, d_min, d_max, b_iso, weakest)
     lattices = np.stack([c.lattice for c in crystals])
     lengths = np.linalg.norm(lattices, axis=2)
     axes = lengths.argsort(1)[:, ::-1]
@@ -177,9 +177,10 @@ def _as_arrays(c: Crystal) -> Crystal:
     return Crystal(np.asarray(c.lattice, float).reshape(3, 3), np.asarray(c.frac_coords, float).reshape(-1, 3), z, occupancies)
 
 
-def _check_crystals(crystals: list[Crystal], d_min: float, d_max: float) -> None:
+def _check_crystals(crystals: list[Crystal], d_min: float, d_max: float, b_iso: float, weakest: float) -> None:
     if not crystals: raise ValueError("no crystals were given")
-    if not 0 < d_min < d_max: raise ValueError(f"0 < d_min < d_max is needed, not {d_min:g} and {d_max:g} Å")
+    if not 0 < d_min < d_max < math.inf: raise ValueError(f"0 < d_min < d_max is needed, not {d_min:g} and {d_max:g} Å")
+    if not (0 <= weakest < 1 and 0 <= b_iso < math.inf): raise ValueError(f"weakest={weakest:g} must be in [0, 1) and b_iso={b_iso:g} not negative")
     counts = np.array([[len(a) for a in (c.atomic_numbers, c.frac_coords, c.occupancies)] for c in crystals])
     _refuse(counts[:, 0] == 0, "a structure without atoms has no reflections")
     _refuse((counts != counts[:, :1]).any(1), "atoms, positions and occupancies differ in number")
@@ -190,7 +191,7 @@ def _check_crystals(crystals: list[Crystal], d_min: float, d_max: float) -> None
     z, x, occupancy = (np.concatenate([c[i] for c in crystals]) for i in (2, 1, 3))
     some = lambda bad: np.logical_or.reduceat(bad, begin)
     _refuse(some(~np.isfinite(x).all(1)), "fractional coordinates are NaN or infinite")
-    _refuse(some(~((occupancy > 0) & (occupancy <= 1))), "occupancies must be in (0, 1]")
+    _refuse(some(~((occupancy >= 1e-6) & (occupancy <= 1))), "occupancies must be in (0, 1], at least 1e-6")
     unknown = np.isnan(scattering_coefficients()[z.clip(0, 118), 0, 0]) | (z < 1) | (z > 118)
     _refuse(some(unknown), f"no X-ray scattering factors for atomic number {z[unknown.argmax()]}; 1 to 98 are tabulated")
 

@@ -73,16 +73,20 @@ def dummy(
     median = data.targets[train].nanmedian(0).values
     return Predictions(*(row.float().expand(n, -1).numpy() for row in (median, *(s / s.sum().clamp(min=1) for s in shares))))
 
-# %% ../nbs/10_evaluate.ipynb #a79e006b
+# %% ../nbs/10_evaluate.ipynb #12ea47fb
 def relative_change(
     errors: np.ndarray,  # (n,) absolute errors of a model
     reference: np.ndarray,  # (n,) of another, on the same materials
+    composition: np.ndarray,  # (n,) equal for equal compositions, which are drawn together
     draws: int = 1000,
 ) -> tuple[float, float, float]:  # change of the mean error as a share of the reference's, and the ends of its 95 % interval
-    "How much smaller (negative) or larger a model's mean error is than another's, with a bootstrap over the materials."
+    "How much a model's mean error differs from another's, with a bootstrap over the compositions. Raises `ValueError` for no errors."
+    if not len(errors) or not reference.sum() > 0: raise ValueError("nothing to compare with: no errors, or all of the reference are 0")
+    which = np.unique(composition, return_inverse=True)[1]
+    mine, others = (np.bincount(which, e) for e in (errors, reference))
     rng = np.random.default_rng(0)
-    again = (rng.integers(len(errors), size=len(errors)) for _ in range(draws))
-    low, high = np.quantile([errors[i].mean() / reference[i].mean() - 1 for i in again], (0.025, 0.975))
+    again = (rng.integers(len(mine), size=len(mine)) for _ in range(draws))
+    low, high = np.quantile([mine[i].sum() / others[i].sum() - 1 for i in again], (0.025, 0.975))
     return float(errors.mean() / reference.mean() - 1), float(low), float(high)
 
 # %% ../nbs/10_evaluate.ipynb #c9395ab8

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     import polars as pl
     from matplotlib.figure import Figure
 
-# %% ../nbs/13_figures.ipynb #808db056
-LABELS = {t: t.removesuffix("_per_atom").replace("_", " ") for t in TARGETS} | dict(volume_per_atom="volume per atom")
+# %% ../nbs/13_figures.ipynb #e0451443
+LABELS = {t: t.removesuffix("_per_atom").replace("_", " ") for t in TARGETS}
+LABELS |= dict(volume_per_atom="volume per atom", lattice_energy_per_atom="model lattice energy")
 COLUMN = 3.4  # inches, the width of a journal's column
 
 

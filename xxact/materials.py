@@ -80,7 +80,7 @@ def read_table(
     nulls = [pl.lit(None, pl.Float32).alias(t) for t in TARGETS if t not in df.columns]
     return df.with_columns(nulls).with_columns(pl.col(*TARGETS).cast(pl.Float32).fill_nan(None))
 
-# %% ../nbs/03_materials.ipynb #6eae1267
+# %% ../nbs/03_materials.ipynb #4143aa49
 _LN_D = (-1.5, 4.5)  # range of ln d (d in Å) on 16 bits
 _BITS = 65535
 
@@ -143,6 +143,7 @@ class MaterialSet:
         if missing := [t for t in targets if t not in df.columns]:
             has = [t for t in TARGETS if t in df.columns and df[t].count()]
             raise ValueError(f"the table has no target {missing[0]!r}; it has {', '.join(has) or 'none'}")
+        if df["material_id"].str.contains("\n", literal=True).any(): raise ValueError("a material_id has a line break")
         counts = df["d_spacing"].list.len().fill_null(0).to_numpy()
         if (counts == 0).any(): raise ValueError(f"{df['material_id'][int(np.argmin(counts))]} has no reflections")
         if (counts != df["intensity"].list.len().fill_null(0).to_numpy()).any(): raise ValueError("d_spacing and intensity differ in length")

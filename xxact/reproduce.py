@@ -9,13 +9,14 @@ __all__ = ['OPTIONS', 'MODELS', 'DEFAULT_TARGETS', 'SHOWN', 'BLOCKS', 'project_r
            'pretraining_scores', 'finetune', 'write_predictions', 'dummy_scores', 'NotebookFailed', 'run_notebook',
            'reproduce', 'read_results', 'results_table', 'changes_table', 'update_readme', 'conditions', 'main']
 
-# %% ../nbs/12_reproduce.ipynb #21820652
+# %% ../nbs/12_reproduce.ipynb #4e9f9ab7
 import argparse
 import ast
 import configparser
 import difflib
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -114,7 +115,7 @@ def parameters(
     return {name: d | {k: parse_value(k, changed[k], d[k]) for k in d if k in changed} | dict(profile=profile)
             for name, d in known.items() if not only or name in only}
 
-# %% ../nbs/12_reproduce.ipynb #768ba7e2
+# %% ../nbs/12_reproduce.ipynb #3627b512
 OPTIONS = dict(size=tuple(SIZES), tokeniser=tuple(TOKENISERS), fusion=FUSIONS, augment=("auto", *AUGMENTATIONS), schedule=("cosine", "constant"))
 MODELS = ("composition", "xrd", "both", "concat", *(f"{m}-pretrained" for m in ("composition", "xrd", "both", "concat")))
 
@@ -125,15 +126,18 @@ def check_parameters(
     "Raise `ValueError` for a value that cannot work."
     for key, value in params.items():
         if key in OPTIONS: choose(key, value, OPTIONS[key])
+        if isinstance(value, float) and not math.isfinite(value): raise ValueError(f"{key}={value} must be finite")
         if key.endswith(("epochs", "batch_size")) and value < 1: raise ValueError(f"{key}={value} must be at least 1")
         if key.endswith(("lr", "weight", "weight_decay", "materials", "seed")) and value < 0:
             raise ValueError(f"{key}={value} must not be negative")
     if not 0 < params.get("mask_share", 0.5) < 1: raise ValueError(f"mask_share={params['mask_share']} must be between 0 and 1")
     if not 0 <= params.get("modality_dropout", 0) <= 0.5:
         raise ValueError(f"modality_dropout={params['modality_dropout']} must be from 0 to 0.5")
+    for key in ("models", "seeds"):
+        if not split_list(params.get(key, "x")): raise ValueError(f"{key} is empty; give at least one")
     for model in split_list(params.get("models", "")): choose("models", model, MODELS)
     for seed in split_list(params.get("seeds", "")):
-        if not seed.isdigit(): raise ValueError(f"seeds={params['seeds']!r} must be whole numbers, comma-separated")
+        if not seed.isdecimal(): raise ValueError(f"seeds={params['seeds']!r} must be whole numbers, comma-separated")
     pick_device(params.get("device", "auto"))
 
 
@@ -141,7 +145,7 @@ def split_list(text: str) -> list[str]:
     "Parts of a comma-separated list."
     return [part.strip() for part in text.split(",") if part.strip()]
 
-# %% ../nbs/12_reproduce.ipynb #cb3f175a
+# %% ../nbs/12_reproduce.ipynb #fac3d704
 def load_table(
     dataset: str,  # prototypes:N, a material table, or a source that can be prepared
     source: str = "",  # keep only these sources, comma-separated; empty: all
@@ -196,14 +200,15 @@ def wanted_targets(
     "Targets to learn. Raises `ValueError` for one that the table does not have."
     has = [t for t in TARGETS if t in df.columns and df[t].drop_nans().count()]
     if not targets: return [t for t in DEFAULT_TARGETS if t in has]
-    names = split_list(targets)
+    names = list(dict.fromkeys(split_list(targets)))
+    if not names: raise ValueError(f"targets={targets!r} names no target; the table has {', '.join(has)}")
     for t in names: choose("target", t, has)
     return names
 
 
 DEFAULT_TARGETS = ("formation_energy_per_atom", "band_gap", "lattice_energy_per_atom", "volume_per_atom")
 
-# %% ../nbs/12_reproduce.ipynb #b9a3e921
+# %% ../nbs/12_reproduce.ipynb #bd02b39e
 class Run:
     "The folder of one run."
 
@@ -251,7 +256,8 @@ def provenance() -> dict[str, str]:
     "Hardware, versions and commit."
     try: commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     except OSError: commit = ""  # no git
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} × {_processor()}"
+    processor = f"{torch.get_num_threads()} thread(s) on {os.cpu_count()} × {_processor()}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     return dict(hardware=device, versions=f"xxact {__version__}, torch {torch.__version__}, python {platform.python_version()}", commit=commit)
 
 
@@ -278,14 +284,17 @@ def keep_row(
     row.write_parquet(temporary)
     temporary.replace(table)
 
-#| export
+
 def find_row(
     table: Path,  # figures/<profile>/runs.parquet
     run: Run,
 ) -> dict | None:
-    "Results of a run from the table of runs; None where it has none."
+    "Results of a run from the table of runs; None where it has none. Raises `ValueError` for a file that is no such table."
     import polars as pl
-    if not table.exists() or (row := pl.read_parquet(table).filter(pl.col("id") == run.id)).is_empty(): return None
+    if not table.exists(): return None
+    try: row = pl.read_parquet(table).filter(pl.col("id") == run.id)
+    except pl.exceptions.PolarsError as e: raise ValueError(f"{table} is no table of runs: {str(e).splitlines()[0]}") from e
+    if row.is_empty(): return None
     return {k: v for k, v in row.row(0, named=True).items() if v is not None and k not in (*run.params, "experiment")}
 
 # %% ../nbs/12_reproduce.ipynb #9142593d
@@ -551,9 +560,9 @@ def reproduce(
         done.append(copy)
     return done
 
-# %% ../nbs/12_reproduce.ipynb #b77546cd
+# %% ../nbs/12_reproduce.ipynb #a98e564c
 SHOWN = {"formation_energy_per_atom/mae": "formation energy (eV/atom)", "band_gap/mae": "band gap (eV)",
-         "lattice_energy_per_atom/mae": "lattice energy (eV/atom)", "volume_per_atom/mae_ln": "ln volume",
+         "lattice_energy_per_atom/mae": "model lattice energy (eV/atom)", "volume_per_atom/mae_ln": "ln volume",
          "crystal_system/accuracy": "crystal system", "space_group/accuracy": "space group"}
 
 

@@ -77,7 +77,7 @@ def read_targets(
         targets[target] = abs(number) if target == "magnetization_per_atom" else number
     return targets
 
-# %% ../nbs/04_sources.ipynb #ea624e1d
+# %% ../nbs/04_sources.ipynb #2606bbde
 def make_record(
     material_id: str,  # the source's own identifier
     source: str,  # name of the source
@@ -89,7 +89,7 @@ def make_record(
 ) -> dict[str, Any]:  # a record
     """Gather one material into a plain record."""
     record = {
-        "material_id": str(material_id),
+        "material_id": " ".join(str(material_id).split()),
         "source": source,
         "lattice": np.asarray(lattice, float).reshape(3, 3),
         "frac_coords": np.asarray(frac_coords, float).reshape(-1, 3),
@@ -183,7 +183,7 @@ def atomic_masses() -> np.ndarray:  # (119,) g/mol at each atomic number, NaN at
 
     return np.array([math.nan] + [float(Element.from_Z(z).atomic_mass) for z in range(1, len(SYMBOLS))])
 
-# %% ../nbs/04_sources.ipynb #546b824e
+# %% ../nbs/04_sources.ipynb #e2455701
 def is_number(
     value: float | None,  # a label
 ) -> bool:  # whether a 32-bit float can hold it
@@ -204,6 +204,7 @@ def material_row(
     if edges.max() > 1e4 or np.prod(2 * edges / d_min + 1) > 2e7:
         raise ValueError(f"cell too large: reflections of edges {edges.round()} Å down to {d_min:g} Å would take gigabytes")
     place = check_structure(lattice, frac_coords, atomic_numbers, occupancies)
+    occupancies = occupancies.clip(max=1)
     targets = record.get("targets", {})
     if unknown := set(targets) - set(TARGETS):
         raise ValueError(f"unknown target: {', '.join(sorted(unknown))}; known are {', '.join(TARGETS)}")
@@ -358,7 +359,7 @@ def read_cif_csv(
             material_id = next((row[key] for key in ("material_id", "mat_id", "id") if row.get(key)), f"{name}-{i}")
             yield {"material_id": material_id, "source": name, "cif": row.pop("cif"), "columns": row}
 
-# %% ../nbs/04_sources.ipynb #ee9690a2
+# %% ../nbs/04_sources.ipynb #e72a68d9
 def read_cif_folder(
     path: Path,  # a folder of CIF files, or one CIF file
     source: str | None,  # name of the source; None: after the folder
@@ -366,7 +367,10 @@ def read_cif_folder(
     """Read CIF files and the labels in a headerless id_prop.csv beside them."""
     folder = path if path.is_dir() else path.parent
     name = source or source_name(folder.absolute())
-    files = {file.stem: file for file in ([path] if path.is_file() else sorted(folder.iterdir())) if file.suffix.lower() == ".cif"}
+    every = [file for file in ([path] if path.is_file() else sorted(folder.iterdir())) if file.suffix.lower() == ".cif"]
+    files = {file.stem: file for file in reversed(every)}
+    for file in every:
+        if files[file.stem] != file: yield make_reject(file.stem, name, f"{file.name} has the same name as {files[file.stem].name}")
     labels: list[list[str]] = []
     if path.is_dir() and (folder / "id_prop.csv").is_file():
         with open(folder / "id_prop.csv", newline="", encoding="utf-8-sig", errors="replace") as file:
