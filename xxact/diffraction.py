@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['D_MIN', 'D_MAX', 'WEAKEST', 'WAVELENGTHS', 'CU_KA', 'TWO_THETA', 'N_WINDOWS', 'WINDOW_POINTS', 'LN_Q', 'WINDOW',
-           'WINDOW_FWHM', 'N_PEAKS', 'RESOLUTION', 'WEAKEST_PEAK', 'AUGMENTATIONS', 'scattering_coefficients',
-           'scattering_factor', 'Crystal', 'crystal_reflections', 'reflections', 'structure_reflections',
-           'two_theta_of', 'ln_q_of', 'lorentz_polarisation', 'Reflections', 'batch_reflections', 'draw', 'render',
-           'window_pattern', 'Peaks', 'peaks', 'hide', 'Augmentation', 'perturb']
+           'WINDOW_FWHM', 'N_PEAKS', 'RESOLUTION', 'WEAKEST_PEAK', 'AUGMENTATIONS', 'Range', 'RADIUS', 'MEASUREMENTS',
+           'scattering_coefficients', 'scattering_factor', 'Crystal', 'crystal_reflections', 'reflections',
+           'structure_reflections', 'two_theta_of', 'ln_q_of', 'lorentz_polarisation', 'Reflections',
+           'batch_reflections', 'draw', 'window_pattern', 'Peaks', 'peaks', 'hide', 'Augmentation', 'perturb',
+           'Measurement', 'draw_measurement', 'observe', 'Patterns', 'peak_shape', 'render', 'Grid', 'to_grid']
 
-# %% ../nbs/01_diffraction.ipynb #67ba64c8
+# %% ../nbs/01_diffraction.ipynb #05122e8f
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -17,9 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/01_diffraction.ipynb #f81709a6
+# %% ../nbs/01_diffraction.ipynb #63e42834
 @cache
 def scattering_coefficients() -> np.ndarray:  # (119, 4, 2): a_i (Å) and b_i (Å²) by atomic number; NaN where there are none
     "Coefficients of the X-ray scattering factors that pymatgen tabulates."
@@ -43,7 +45,17 @@ def scattering_factor(
     f *= np.multiply(s2, -41.78214, out=term)
     return np.add(f, z[:, None], out=f, casting="same_kind")
 
-# %% ../nbs/01_diffraction.ipynb #1b69fcab
+
+_TABLE_STEP = 5e-4  # in s, Å⁻¹: between the entries, where linear interpolation is right to 3 parts in a million
+
+
+@cache
+def _factor_table(n: int) -> np.ndarray:  # (119, n) electrons
+    "Scattering factors of all elements at s = 0, `_TABLE_STEP`, …"
+    s = _TABLE_STEP * np.arange(n)
+    return scattering_factor(np.arange(119), np.broadcast_to(s**2, (119, n))).astype(np.float32, order="C")
+
+# %% ../nbs/01_diffraction.ipynb #f835d0df
 class Crystal(NamedTuple):
     "A crystal as plain arrays."
 
@@ -53,52 +65,85 @@ class Crystal(NamedTuple):
     occupancies: np.ndarray | None = None  # (n,) in (0, 1]; None: full
 
 
+def _turns(
+    x: np.ndarray,  # (...,) fractional coordinates
+    index: np.ndarray,  # (m,) h, k or l
+) -> np.ndarray:  # (..., m) complex64
+    "Phase factors of one axis."
+    turn = x[..., None] * index
+    turn -= np.rint(turn)  # single precision holds a part of a turn, not many turns
+    phase, out = (2 * np.pi * turn).astype(np.float32), np.empty(turn.shape, np.complex64)
+    np.cos(phase, out=out.real), np.sin(phase, out=out.imag)
+    return out
+
+
 def _waves(
     x: np.ndarray,  # (k, n, 3) fractional coordinates of atoms of one element
     occupancy: np.ndarray,  # (k, n), 0 is padding
-    box: np.ndarray,  # (3,) largest h, k, l
-) -> np.ndarray:  # (k, hkl) complex
-    "Sum of the waves from the atoms for half a box of (h, k, l)."
-    turn = np.exp(2j * np.pi * x).astype(np.complex64)
-    h, k, l = (np.cumprod(np.broadcast_to(turn[..., i, None], (*occupancy.shape, m)), 2) for i, m in enumerate(box))
-    one = np.ones((*occupancy.shape, 1), np.complex64)
-    h = np.concatenate([one, h], 2) * occupancy[..., None]
-    k, l = (np.concatenate([t[..., ::-1].conj(), one, t], 2) for t in (k, l))
+    box: list[np.ndarray],  # the h, k and l
+    out: np.ndarray,  # (k, hkl) complex64, written to
+) -> None:
+    "Sum of the waves from the atoms for a box of (h, k, l)."
+    h, k, l = (_turns(x[..., i], index) for i, index in enumerate(box))
+    h *= occupancy[..., None]
     hk = (h[..., None] * k[:, :, None]).reshape(*occupancy.shape, -1)
-    return (hk.transpose(0, 2, 1) @ l).reshape(len(x), -1)
+    np.matmul(hk.transpose(0, 2, 1), l, out=out.reshape(len(x), hk.shape[2], l.shape[2]))
 
 
-def _box_intensities(
-    box: np.ndarray,  # (3,) largest h, k, l
+def _box_reflections(
+    top: np.ndarray,  # (3,) largest h, k, l
     crystals: list[Crystal],
     axes: np.ndarray,  # (c, 3) which axis of each crystal is h, k, l
     metric: np.ndarray,  # (c, 3, 3) reciprocal metric: 1/d² = hᵀ metric h, Å⁻²
+    g_range: tuple[float, float],  # of 1/d, Å⁻¹
     b_iso: float,
-) -> tuple[np.ndarray, np.ndarray]:  # 1/d² and |F|² of half a box, each (c, hkl)
-    h, k, l = (i.ravel() for i in np.mgrid[: box[0] + 1, -box[1] : box[1] + 1, -box[2] : box[2] + 1])
-    g2 = metric[:, (0, 1, 2, 0, 0, 1), (0, 1, 2, 1, 2, 2)] @ np.stack([h * h, k * k, l * l, 2 * h * k, 2 * h * l, 2 * k * l]).astype(float)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # crystal (ascending), 1/d and |F|² of each reflection of half a box that is in range
+    h, k, l = box = [np.arange(top[0] + 1.0), np.arange(-top[1], top[1] + 1.0), np.arange(-top[2], top[2] + 1.0)]
+    hh, hk, hl, kk, kl, ll = metric[:, (0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)].T[..., None, None]
+    in_plane = (hh * h[:, None] + 2 * hk * k) * h[:, None] + kk * k**2
+    g2 = (2 * (hl * h[:, None] + kl * k))[..., None] + ll[..., None] * l
+    g2 *= l
+    g2 += in_plane[..., None]
+    n_hkl = g2[0].size
+    inside = np.flatnonzero((g2 >= g_range[0] ** 2) & (g2 <= g_range[1] ** 2))
+    g, row = np.sqrt(g2.ravel()[inside]), inside // n_hkl
+    hkl = inside - row * n_hkl
+
     crystal = np.repeat(np.arange(len(crystals)), [len(c.atomic_numbers) for c in crystals])
     key = 128 * crystal + np.concatenate([c.atomic_numbers for c in crystals])
     order = key.argsort(kind="stable")
     x = np.take_along_axis(np.concatenate([c.frac_coords for c in crystals]), axes[crystal], 1)[order]
     occupancy = np.concatenate([c.occupancies for c in crystals]).astype(np.float32)[order]
     elements, first, counts = np.unique(key[order], return_index=True, return_counts=True)  # the elements of each crystal
-    f = np.empty((len(elements), len(h)), np.complex64)
     sizes = 2 ** np.ceil(np.log2(counts)).astype(int)
-    for size in np.unique(sizes):
-        some, place = np.flatnonzero(sizes == size), np.arange(size)
+    by_size = sizes.argsort(kind="stable")
+    waves, begin = np.empty((len(elements), n_hkl), np.complex64), 0
+    for size, n in zip(*np.unique(sizes, return_counts=True), strict=True):
+        some, place = by_size[begin : begin + n], np.arange(size)
         at = first[some, None] + place.clip(max=counts[some, None] - 1)
-        f[some] = _waves(x[at], occupancy[at] * (place < counts[some, None]), box)
-    crystal_of, z = np.divmod(elements, 128)
-    s2 = (g2 / 4).astype(np.float32)
-    f *= scattering_factor(z, s2[crystal_of])
-    begin = np.searchsorted(crystal_of, np.arange(len(crystals) + 1))
-    total, n_elements = f[begin[:-1]], np.diff(begin)
-    for i in range(1, n_elements.max()): total[n_elements > i] += f[begin[:-1][n_elements > i] + i]
-    friedel = 1 + (h > 0).astype(np.float32)  # h > 0 stands for its Friedel mate; h = 0 holds both
-    return g2, (total.real**2 + total.imag**2) * friedel * np.exp(-2 * b_iso * s2)
+        _waves(x[at], occupancy[at] * (place < counts[some, None]), box, waves[begin : (begin := begin + n)])
 
-# %% ../nbs/01_diffraction.ipynb #27134fbf
+    crystal_of, z = np.divmod(elements, 128)
+    first_of = np.searchsorted(crystal_of, np.arange(len(crystals) + 1))
+    table = _factor_table(int(g_range[1] / 2 / _TABLE_STEP) + 3)
+    place = (g / (2 * _TABLE_STEP)).astype(np.float32)
+    cell = place.astype(int)
+    share = place - cell
+    in_waves, in_table = by_size.argsort() * n_hkl, z * table.shape[1]
+    total, n_elements = np.zeros(len(g), np.complex64), np.diff(first_of)[row]
+    for i in range(n_elements.max(initial=0)):
+        some = np.flatnonzero(n_elements > i)
+        element = first_of[row[some]] + i
+        at = in_table[element] + cell[some]
+        low, f = table.ravel().take(at), table.ravel().take(at + 1)
+        f -= low
+        f *= share[some]
+        f += low
+        total[some] += waves.ravel().take(in_waves[element] + hkl[some]) * f
+    friedel = np.where(hkl >= len(k) * len(l), np.float32(2), np.float32(1))  # h > 0 stands for its Friedel mate; h = 0 holds both
+    return row, g, (total.real**2 + total.imag**2) * friedel * np.exp(-b_iso / 2 * g**2)
+
+# %% ../nbs/01_diffraction.ipynb #ed020bdb
 D_MIN, D_MAX = 1.05, 60.0  # Å, the stored range: 1.05 Å is the end of 5-90° at Cu Kα
 WEAKEST = 1e-4  # a reflection is dropped when I·d² is below this share of its maximum; d² is the Lorentz factor up to a bounded term
 _BOX_BUDGET = 2**18  # numbers in one array, a size that stays in the cache
@@ -120,7 +165,7 @@ def crystal_reflections(
     reciprocal = np.linalg.inv(np.take_along_axis(lattices, axes[..., None], 1))
     metric = reciprocal.transpose(0, 2, 1) @ reciprocal
     top = np.floor(np.take_along_axis(lengths, axes, 1) / d_min).astype(int)
-    step = 2 ** np.maximum(0, np.frexp(top)[1] - 3)
+    step = 2 ** np.maximum(0, np.frexp(top)[1] - 2)
     boxes, which = np.unique(-(-top // step) * step, axis=0, return_inverse=True)
     n_atoms = np.array([len(c.atomic_numbers) for c in crystals])
     done = [None] * len(crystals)
@@ -129,12 +174,10 @@ def crystal_reflections(
         members = members[n_atoms[members].argsort()]
         together = max(1, _BOX_BUDGET // int(3 * (box[0] + 1) * (2 * box[1:] + 1).prod()))
         for some in np.split(members, range(together, len(members), together)):
-            g2, intensity = _box_intensities(box, [crystals[j] for j in some], axes[some], metric[some], b_iso)
-            inside = (g2 <= d_min**-2) & (g2 >= d_max**-2)
-            _refuse(np.isin(np.arange(len(crystals)), some[~inside.any(1)]),
+            row, g, intensity = _box_reflections(box, [crystals[j] for j in some], axes[some], metric[some], (1 / d_max, 1 / d_min), b_iso)
+            _refuse(np.isin(np.arange(len(crystals)), some[np.bincount(row, minlength=len(some)) == 0]),
                     f"no reflection between d = {d_min:g} and {d_max:g} Å; so small a cell needs a smaller d_min")
-            row = np.repeat(np.arange(len(some)), inside.sum(1))
-            for j, pair in zip(some, _merge(row, np.sqrt(g2[inside]), intensity[inside], 0.5 * d_min, weakest), strict=True): done[j] = pair
+            for j, pair in zip(some, _merge(row, g, intensity, 0.5 * d_min, weakest), strict=True): done[j] = pair
     return done
 
 
@@ -146,7 +189,10 @@ def _merge(
     weakest: float,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     "Merge equal d, to one part in 10⁵, drop what is too weak, and scale."
-    order = (row + unit * g).argsort()
+    bits = len(g).bit_length()  # to sort one array of integers that end in the place is several times as fast as to sort places
+    key = ((row + unit * g) * 2.0 ** (62 - bits - int(row[-1] + 1).bit_length())).astype(np.int64) << bits | np.arange(len(g))
+    key.sort()
+    order = key & ((1 << bits) - 1)
     g, intensity = g[order], intensity[order].astype(float)
     first = np.flatnonzero((np.diff(g, prepend=0) > 1e-5 * g) | (np.diff(row, prepend=-1) > 0))
     weight = intensity + 1e-30  # an extinct line keeps its place
@@ -262,12 +308,13 @@ def batch_reflections(
     d, intensity = (torch.as_tensor(np.concatenate(a), dtype=torch.float32) for a in zip(*lists, strict=True))
     return Reflections(d.log(), intensity, torch.repeat_interleave(torch.arange(len(lists)), torch.tensor(counts)), len(lists))
 
-# %% ../nbs/01_diffraction.ipynb #d54c29ea
-def _profile(n_points: int, step: float, fwhm: float, eta: float, device: torch.device) -> Tensor:
-    "Fourier transform of a pseudo-Voigt of unit area on a grid of 2 × n_points."
-    t = torch.fft.rfftfreq(2 * n_points, step, device=device)
-    gauss = torch.exp(-((math.pi * fwhm * t) ** 2) / (4 * math.log(2)))
-    return eta * torch.exp(-math.pi * fwhm * t) + (1 - eta) * gauss
+# %% ../nbs/01_diffraction.ipynb #989a4525
+def _gaussian(
+    frequency: Tensor,  # cycles per unit of the axis
+    fwhm: float | Tensor,  # in units of the axis
+) -> Tensor:
+    "Fourier transform of a Gaussian of unit area."
+    return torch.exp(-((math.pi * fwhm * frequency) ** 2) / (4 * math.log(2)))
 
 
 def draw(
@@ -279,9 +326,8 @@ def draw(
     step: float,  # between grid points
     n_points: int,
     fwhm: float,  # full width at half maximum, in units of the axis
-    eta: float = 0.0,  # Lorentzian share of the pseudo-Voigt
 ) -> Tensor:  # (n, n_points)
-    "Patterns of peaks of one width on a uniform grid; a peak outside the grid is left out."
+    "Patterns of Gaussian peaks of one width on a uniform grid; a peak outside the grid is left out."
     x = (position - start) / step
     low = x.floor()
     share = x - low
@@ -290,26 +336,8 @@ def draw(
     for i, weight in ((low, 1 - share), (low + 1, share)):
         inside = (i >= 0) & (i < n_points)
         canvas.index_add_(0, row * 2 * n_points + i.clamp(0, n_points - 1), torch.where(inside, weight * intensity, 0.0))
-    spectrum = torch.fft.rfft(canvas.view(n, -1)) * _profile(n_points, step, fwhm, eta, position.device)
+    spectrum = torch.fft.rfft(canvas.view(n, -1)) * _gaussian(torch.fft.rfftfreq(2 * n_points, step, device=position.device), fwhm)
     return torch.fft.irfft(spectrum, n=2 * n_points)[:, :n_points].clamp(min=0) / step
-
-
-def render(
-    r: Reflections,
-    two_theta: tuple[float, float] = TWO_THETA,  # degrees
-    n_points: int = 4096,
-    wavelength: float = CU_KA,  # Å; of the angles. The Lorentz-polarisation factor is always that of Cu Kα
-    fwhm: float = 0.15,  # degrees
-    eta: float = 0.5,  # Lorentzian share
-) -> tuple[Tensor, Tensor]:  # angles (n_points,), patterns (n, n_points), strongest point 1
-    "Powder patterns on a 2θ grid. Raises `ValueError` for an impossible grid or wavelength."
-    if not (0 <= two_theta[0] < two_theta[1] < 180): raise ValueError(f"2θ must rise within 0 to 180°, not {two_theta}")
-    if not wavelength > 0: raise ValueError(f"the wavelength must be positive, not {wavelength:g} Å")
-    d = r.ln_d.exp()
-    step = (two_theta[1] - two_theta[0]) / (n_points - 1)
-    angle = two_theta_of(d, wavelength).nan_to_num(1e4)
-    y = draw(angle, r.intensity * lorentz_polarisation(d), r.row, r.n, two_theta[0], step, n_points, fwhm, eta)
-    return two_theta[0] + step * torch.arange(n_points), y / y.amax(1, keepdim=True).clamp(min=1e-12)
 
 # %% ../nbs/01_diffraction.ipynb #7cbeb35c
 N_WINDOWS, WINDOW_POINTS = 32, 32
@@ -329,7 +357,7 @@ def window_pattern(
              LN_Q[0] + step / 2, step, N_WINDOWS * points, fwhm)
     return (y / y.amax(1, keepdim=True).clamp(min=1e-12)).sqrt().view(r.n, N_WINDOWS, points)
 
-# %% ../nbs/01_diffraction.ipynb #d8f6f7c3
+# %% ../nbs/01_diffraction.ipynb #0ad4bd42
 N_PEAKS, RESOLUTION, WEAKEST_PEAK = 48, 0.02, 3e-3
 
 
@@ -346,11 +374,15 @@ def peaks(
     n_peaks: int = N_PEAKS,
     resolution: float = RESOLUTION,  # reflections in one bin of this many degrees 2θ (Cu Kα) are one peak
     weakest: float = WEAKEST_PEAK,  # share of the strongest peak
+    measurement: "str | Measurement | None" = None,  # how it was measured (see below); None: exactly, over the whole range of the model
+    generator: torch.Generator | None = None,  # on the CPU; where the measurement draws random numbers
 ) -> Peaks:
     "The peaks of lowest angle of each material within the model's range."
-    device, n, d = r.ln_d.device, r.n, r.ln_d.exp()
-    ln_q = math.log(2 * math.pi) - r.ln_d
-    y = r.intensity * lorentz_polarisation(d) * ((ln_q >= LN_Q[0]) & (ln_q <= LN_Q[1]))
+    device, n = r.ln_d.device, r.n
+    limits = torch.tensor(LN_Q, device=device).expand(n, 2)
+    if measurement is not None: r, limits = _measure(r, measurement, generator)
+    d, ln_q = r.ln_d.exp(), math.log(2 * math.pi) - r.ln_d
+    y = r.intensity * lorentz_polarisation(d) * ((ln_q >= limits[r.row, 0]) & (ln_q <= limits[r.row, 1]))
     bins = (two_theta_of(d).nan_to_num(180.0) / resolution).long()
     new = torch.ones_like(bins, dtype=torch.bool)
     new[1:] = (bins[1:] != bins[:-1]) | (r.row[1:] != r.row[:-1])
@@ -366,7 +398,7 @@ def peaks(
     rank -= (before.cumsum(0) - before)[row]
     slot = torch.where(keep & (rank < n_peaks), row * n_peaks + rank, n * n_peaks)  # the last slot is dropped
     out = [torch.zeros(n * n_peaks + 1, device=device).scatter_(0, slot, v)[:-1].view(n, n_peaks) for v in (ln_q, intensity)]
-    return Peaks(*out, torch.tensor(LN_Q, device=device).expand(n, 2))
+    return Peaks(*out, limits)
 
 # %% ../nbs/01_diffraction.ipynb #530980e4
 def hide(
@@ -379,7 +411,7 @@ def hide(
     seen = torch.stack([visible[r.row, p] for p in place]).all(0)
     return r._replace(intensity=r.intensity * seen)
 
-# %% ../nbs/01_diffraction.ipynb #480d25cf
+# %% ../nbs/01_diffraction.ipynb #0f0c5bc5
 class Augmentation(NamedTuple):
     "How strongly samples differ; the widths of the distributions that `perturb` draws from."
 
@@ -393,6 +425,12 @@ _LAB = Augmentation(strain=1e-3, shift=2e-4, texture=0.2, loss=0.05)
 AUGMENTATIONS = dict(ideal=Augmentation(), lab=_LAB, scaled=_LAB._replace(strain=0.02))
 
 
+def _on(generator: torch.Generator, device: torch.device) -> torch.Generator:
+    "The generator itself, or one of that device seeded from it."
+    if generator.device.type == device.type: return generator
+    return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+
+
 def perturb(
     r: Reflections,
     a: Augmentation,
@@ -401,12 +439,290 @@ def perturb(
     "Reflections of another sample of the same materials, again in order; the strongest within the model's range is never lost."
     if a == Augmentation(): return r
     m, device = len(r.ln_d), r.ln_d.device
-    draw = lambda n: torch.randn(n, generator=generator).to(device)
+    generator = _on(generator, device)
+    draw = lambda n: torch.randn(n, generator=generator, device=device)
     ln_d = r.ln_d + a.strain * draw(r.n)[r.row] + a.shift * draw(m)
     intensity = r.intensity * (a.texture * draw(m)).exp()
     ln_q = math.log(2 * math.pi) - ln_d
     seen = intensity * lorentz_polarisation(ln_d.exp()) * ((ln_q >= LN_Q[0]) & (ln_q <= LN_Q[1]))
     strongest = torch.zeros(r.n, device=device).scatter_reduce_(0, r.row, seen, "amax")
-    keep = (torch.rand(m, generator=generator).to(device) >= a.loss) | (seen >= strongest[r.row])
+    keep = (torch.rand(m, generator=generator, device=device) >= a.loss) | (seen >= strongest[r.row])
     order = (1000.0 * r.row - ln_d.double()).argsort()
     return Reflections(ln_d[order], (intensity * keep)[order], r.row, r.n)
+
+# %% ../nbs/01_diffraction.ipynb #d084c6a7
+Range = float | tuple[float, float]
+
+
+class Measurement(NamedTuple):
+    "Instrument, sample and detector; each field a number, or a range (low, high) to draw from for each pattern."
+
+    wavelength: Range = CU_KA  # Å; of Kα1 where there is a Kα2
+    kalpha2: Range = 0.0  # intensity of Kα2 as a share of Kα1's: 0.5 for a tube, 0 for one line
+    kalpha2_shift: Range = 2.486e-3  # Kα2's wavelength / Kα1's - 1; of Cu. Mo 6.0e-3, Co 2.2e-3, Cr 1.7e-3, Fe 2.0e-3, Ag 7.9e-3
+    monochromator: Range = 0.0  # its 2θ, degrees; 0: unpolarised, 90: wholly polarised
+    caglioti_u: Range = 0.0  # degrees²
+    caglioti_v: Range = 0.0  # degrees²
+    caglioti_w: Range = 0.01  # degrees²
+    crystallite_size: Range = math.inf  # nm; drawn evenly in its logarithm
+    microstrain: Range = 0.0  # Δd/d
+    zero_shift: Range = 0.0  # degrees 2θ
+    displacement: Range = 0.0  # of the sample below the axis, mm at a radius of 200 mm
+    strain: Range = 0.0  # of the lattice, Δd/d
+    texture: Range = 0.0  # standard deviation of the ln of each intensity
+    second_phase: Range = 0.0  # strongest |F|² of the next material in the batch, as a share of the first's
+    background: Range = 0.0  # highest point of a smooth background, as a share of the strongest peak
+    hump: Range = 0.0  # height of an amorphous hump between d = 3 and 5 Å, as a share of the strongest peak
+    counts: Range = math.inf  # at the strongest point; drawn evenly in its logarithm
+    two_theta_min: Range = 0.0  # degrees, where the measurement begins
+    two_theta_max: Range = 180.0  # degrees, where it ends
+
+
+_POSITIVE = ("wavelength", "crystallite_size", "counts", "caglioti_w")
+_LOGARITHMIC = ("crystallite_size", "counts")
+RADIUS = 200.0  # mm, of the goniometer
+
+# %% ../nbs/01_diffraction.ipynb #fa1940b0
+MEASUREMENTS = dict(
+    ideal=Measurement(),
+    lab=Measurement(
+        wavelength=WAVELENGTHS["CuKa1"], kalpha2=0.5, monochromator=(0.0, 26.6), caglioti_u=(0.0, 0.02), caglioti_v=(-0.005, 0.0),
+        caglioti_w=(0.0025, 0.01), crystallite_size=(20.0, 200.0), microstrain=(0.0, 1e-3), zero_shift=(-0.03, 0.03), displacement=(-0.1, 0.1),
+        strain=(-3e-3, 3e-3), texture=(0.0, 0.3), background=(0.0, 0.1), hump=(0.0, 0.03), counts=(1e3, 1e5)),
+    synchrotron=Measurement(
+        wavelength=(0.4, 0.8), monochromator=90.0, caglioti_u=(0.0, 1e-3), caglioti_w=(2.5e-5, 4e-4), crystallite_size=(50.0, 500.0),
+        microstrain=(0.0, 5e-4), zero_shift=(-0.002, 0.002), strain=(-3e-3, 3e-3), texture=(0.0, 0.1), background=(0.0, 0.03), hump=(0.0, 0.03),
+        counts=(1e4, 1e6)),
+    harsh=Measurement(
+        wavelength=WAVELENGTHS["CuKa1"], kalpha2=0.5, monochromator=(0.0, 26.6), caglioti_u=(0.0, 0.05), caglioti_v=(-0.01, 0.0),
+        caglioti_w=(0.0025, 0.04), crystallite_size=(5.0, 100.0), microstrain=(0.0, 5e-3), zero_shift=(-0.1, 0.1), displacement=(-0.3, 0.3),
+        strain=(-0.01, 0.01), texture=(0.0, 1.0), second_phase=(0.0, 0.3), background=(0.0, 0.5), hump=(0.0, 0.3), counts=(100.0, 1e4),
+        two_theta_min=(5.0, 20.0), two_theta_max=(60.0, 90.0)),
+)
+
+
+def draw_measurement(
+    m: str | Measurement,  # a preset or one of your own
+    n: int,  # patterns
+    generator: torch.Generator | None = None,  # on the CPU; None where nothing is a range
+) -> Measurement:  # each field (n,)
+    "Settle each pattern's measurement. Raises `ValueError` for a preset that does not exist or a value that cannot be."
+    if isinstance(m, str) and m not in MEASUREMENTS: raise ValueError(f"measurement {m!r} does not exist; choose from {', '.join(MEASUREMENTS)}")
+    settled = {}
+    for name, value in (MEASUREMENTS[m] if isinstance(m, str) else m)._asdict().items():
+        low, high = value if isinstance(value, tuple) else (value, value)
+        if not low <= high: raise ValueError(f"{name}={value} must be a number or a range (low, high)")
+        if name in _POSITIVE and not low > 0: raise ValueError(f"{name}={value} must be positive")
+        if name not in (*_POSITIVE, "caglioti_v", "zero_shift", "displacement", "strain") and low < 0:
+            raise ValueError(f"{name}={value} must not be negative")
+        if low == high:
+            settled[name] = torch.full((n,), float(low))
+            continue
+        if generator is None: raise ValueError(f"{name}={value} is drawn for each pattern; give a generator")
+        u = torch.rand(n, generator=generator)
+        settled[name] = (math.log(low) + u * math.log(high / low)).exp() if name in _LOGARITHMIC else low + u * (high - low)
+    return Measurement(**settled)
+
+
+def observe(
+    r: Reflections,
+    m: Measurement,  # settled, on the device of the reflections
+    generator: torch.Generator | None = None,
+) -> Reflections:
+    "Reflections as a measurement places and weighs them, in order; those beyond the limiting sphere have intensity 0."
+    ln_d, intensity, row = r.ln_d, r.intensity, r.row
+    if bool((m.texture > 0).any()):
+        noise = torch.randn(len(ln_d), generator=_on(_needed(generator, "texture"), ln_d.device), device=ln_d.device)
+        intensity = intensity * (m.texture[row] * noise).exp()
+    if bool((m.second_phase > 0).any()):
+        first = (row - 1) % r.n  # a material is the second phase of the one before it
+        ln_d, row = torch.cat([ln_d, ln_d]), torch.cat([row, first])
+        intensity = torch.cat([intensity, intensity * m.second_phase[first]])
+    sin = m.wavelength[row] / (2 * ln_d.exp() * (1 + m.strain[row]))
+    theta = sin.clamp(max=1).asin() + torch.deg2rad(m.zero_shift[row] / 2) - m.displacement[row] / RADIUS * (1 - sin**2).clamp(min=0).sqrt()
+    seen = (sin < 1) & (theta > 0) & (theta < math.pi / 2)
+    ln_d = torch.where(seen, (m.wavelength[row] / 2).log() - theta.sin().clamp(min=1e-9).log(), ln_d)
+    order = (1000.0 * row - ln_d.double()).argsort()
+    return Reflections(ln_d[order], (intensity * seen)[order], row[order], r.n)
+
+
+def _measure(r: Reflections, measurement: str | Measurement, generator: torch.Generator | None) -> tuple[Reflections, Tensor]:
+    "Observed reflections, and the limits of the measurement in ln q (n, 2), within the model's range."
+    m = Measurement(*(v.to(r.ln_d.device) for v in draw_measurement(measurement, r.n, generator)))
+    sin = torch.deg2rad(torch.stack([m.two_theta_min, m.two_theta_max], 1) / 2).clamp(max=math.pi / 2).sin()
+    return observe(r, m, generator), (4 * math.pi * sin / m.wavelength[:, None]).clamp(min=1e-6).log().clamp(*LN_Q)
+
+
+def _needed(generator: torch.Generator | None, what: str) -> torch.Generator:
+    if generator is None: raise ValueError(f"{what} is random; give a generator")
+    return generator
+
+# %% ../nbs/01_diffraction.ipynb #d540056d
+_NODES, _MARGIN, _CELLS = 256, 12, 8192  # of the bent axis: nodes within the grid, nodes beyond each end, cells
+_TRANSFORMS = dict(none=lambda y: y, sqrt=torch.sqrt, log=lambda y: torch.log1p(1e3 * y) / math.log1p(1e3))
+
+
+class Patterns(NamedTuple):
+    "Powder patterns on a 2θ grid."
+
+    two_theta: Tensor  # (n_points,) degrees
+    intensity: Tensor  # (n, n_points); 0 where nothing was measured
+    measured: Tensor  # (n, n_points) bool
+    measurement: Measurement  # each field (n,)
+
+
+def peak_shape(
+    two_theta: Tensor,  # (n, k) degrees
+    m: Measurement,  # settled; fields (n,)
+    narrowest: float = 0.0,  # degrees
+) -> tuple[Tensor, Tensor]:  # full width at half maximum in degrees, Lorentzian share; each (n, k)
+    "Width and shape of the pseudo-Voigt at an angle."
+    c = Measurement(*(v[:, None] for v in m))
+    theta = torch.deg2rad(two_theta / 2)
+    tan = theta.tan()
+    gauss = ((c.caglioti_u * tan + c.caglioti_v) * tan + c.caglioti_w).clamp(min=max(narrowest, 1e-4) ** 2).sqrt()
+    lorentz = torch.rad2deg(0.9 * c.wavelength / (10 * c.crystallite_size * theta.cos()) + 4 * c.microstrain * tan)  # 10 Å a nm
+    x = lorentz / gauss
+    ratio = (1 + x * (2.69269 + x * (2.42843 + x * (4.47163 + x * (0.07842 + x))))) ** 0.2
+    x = x / ratio
+    return gauss * ratio, x * (1.36603 + x * (-0.47719 + x * 0.11116))
+
+
+def render(
+    r: Reflections,
+    measurement: str | Measurement = "ideal",  # ideal, lab, synchrotron, harsh, or one of your own
+    two_theta: tuple[float, float] = TWO_THETA,  # degrees
+    n_points: int = 4096,
+    transform: str = "none",  # of patterns whose strongest point is 1: none, sqrt or log
+    generator: torch.Generator | None = None,  # on the CPU; where the measurement draws random numbers
+    scaled: bool = True,  # False: intensity per degree, not transformed, so that the area of a peak is its intensity with Lorentz-polarisation
+) -> Patterns:
+    "Powder patterns of a batch. Raises `ValueError` for an impossible grid or measurement, and for a batch without reflections."
+    low, high = two_theta
+    if not (0 <= low < high < 180): raise ValueError(f"2θ must rise within 0 to 180°, not {two_theta}")
+    if n_points < 2: raise ValueError(f"n_points={n_points} must be at least 2")
+    if transform not in _TRANSFORMS: raise ValueError(f"transform={transform!r} does not exist; choose from {', '.join(_TRANSFORMS)}")
+    if not r.n or not len(r.ln_d): raise ValueError("there are no reflections to draw")
+    device, step = r.ln_d.device, (high - low) / (n_points - 1)
+    m = Measurement(*(v.to(device) for v in draw_measurement(measurement, r.n, generator)))
+    y = _patterns(observe(r, m, generator), m, low, high, n_points)
+    angle = low + step * torch.arange(n_points, device=device)
+    measured = (angle >= m.two_theta_min[:, None]) & (angle <= m.two_theta_max[:, None])
+    if not scaled: return Patterns(angle, y * measured, measured, m)
+    y = y / y.amax(1, keepdim=True).clamp(min=1e-12)
+    if bool((m.background + m.hump > 0).any()):
+        nodes = torch.linspace(low, high, _NODES, device=device)
+        y += _stretch(_background(nodes, m, _on(_needed(generator, "a background"), device)), n_points)
+    if bool(m.counts.isfinite().any()):
+        noise = torch.randn(y.shape, generator=_on(_needed(generator, "counting noise"), device), device=device)
+        y += noise.mul_((y / m.counts[:, None]).sqrt_())  # Gaussian for Poisson: good above some 20 counts
+    y.clamp_(min=0).mul_(measured)
+    return Patterns(angle, _TRANSFORMS[transform](y.div_(y.amax(1, keepdim=True).clamp_(min=1e-12))), measured, m)
+
+
+def _patterns(r: Reflections, m: Measurement, low: float, high: float, n_points: int) -> Tensor:
+    "Intensity per degree (n, n_points), by a bent axis on which all peaks have width 1."
+    n, device, row, intensity = r.n, r.ln_d.device, r.row, r.intensity
+    sin = m.wavelength[row] / (2 * r.ln_d.exp())
+    if bool((m.kalpha2 > 0).any()):
+        sin, intensity, row = torch.cat([sin, sin * (1 + m.kalpha2_shift[row])]), torch.cat([intensity, intensity * m.kalpha2[row]]), torch.cat([row, row])
+    sin2 = sin**2
+    polarised = torch.deg2rad(m.monochromator).cos()[row] ** 2
+    intensity = intensity * (1 + polarised * (1 - 2 * sin2) ** 2) / (sin2 * (1 - sin2).clamp(min=1e-6).sqrt())
+
+    h = (high - low) / (_NODES - 1)
+    nodes = low + h * torch.arange(-_MARGIN, _NODES + _MARGIN, device=device)
+    fwhm, eta = peak_shape(nodes.clamp(0, 170).expand(n, -1), m, 2 * (high - low) / (n_points - 1))
+    density = 1 / fwhm
+    u = torch.cat([torch.zeros(n, 1, device=device), ((density[:, 1:] + density[:, :-1]) * (h / 2)).cumsum(1)], 1)
+    cells = (_CELLS - 1) / u[:, -1:]  # a width
+    u, density = u * cells, density * cells
+
+    place = (torch.rad2deg(2 * sin.clamp(max=1).asin()) - nodes[0]) / h
+    node = place.long().clamp(0, len(nodes) - 2)
+    share, flat = place - node, row * len(nodes) + node
+    there = (place >= 0) & (place <= len(nodes) - 1) & (sin < 1)
+    between = lambda t: torch.lerp(t.reshape(-1)[flat], t.reshape(-1)[flat + 1], share)
+    at, lorentz = between(u), between(eta)
+    cell = at.long().clamp(0, _CELLS - 2)
+    right, first = at - cell, row * 2 * _CELLS + cell
+    gauss, lorentz = (torch.where(there, intensity * w, 0.0) for w in (1 - lorentz, lorentz))
+    canvas = torch.zeros(n * 2 * _CELLS, device=device)
+    canvas.index_add_(0, torch.cat([first, first + 1, first + _CELLS, first + _CELLS + 1]),
+                      torch.cat([gauss * (1 - right), gauss * right, lorentz * (1 - right), lorentz * right]))
+    frequency = torch.fft.rfftfreq(_CELLS, device=device)
+    spectrum = torch.fft.rfft(canvas.view(n, 2, _CELLS))
+    sharpen = torch.sinc(frequency) ** -4  # twice the transform of sharing between two points
+    spectrum = spectrum[:, 0] * (_gaussian(frequency, cells) * sharpen) + spectrum[:, 1] * (torch.exp(-math.pi * cells * frequency) * sharpen)
+    y = torch.fft.irfft(spectrum, n=_CELLS)
+
+    at, slope = (_stretch(t[:, _MARGIN:-_MARGIN], n_points) for t in (u, density))
+    cell = at.long().clamp_(max=_CELLS - 2)
+    return torch.lerp(y.gather(1, cell), y.gather(1, cell + 1), at.sub_(cell)).mul_(slope).clamp_(min=0)
+
+
+def _stretch(t: Tensor, n_points: int) -> Tensor:
+    "Linear interpolation of (n, nodes) to (n, n_points)."
+    return F.interpolate(t[:, None], n_points, mode="linear", align_corners=True)[:, 0]
+
+
+def _background(angle: Tensor, m: Measurement, generator: torch.Generator) -> Tensor:
+    "A smooth background (n, angles), Chebyshev polynomials on a decay from low angle, and an amorphous hump."
+    n, device = len(m.background), angle.device
+    x = torch.linspace(-1, 1, len(angle), device=device)
+    basis = torch.stack([torch.exp(-3 * (1 + x)), torch.ones_like(x), x, 2 * x**2 - 1, 4 * x**3 - 3 * x])
+    y = torch.randn(n, 5, generator=generator, device=device).abs()[:, :1] * basis[0] + torch.randn(n, 4, generator=generator, device=device) / 3 @ basis[1:]
+    y = y - y.amin(1, keepdim=True)
+    d, fwhm = (low + (high - low) * torch.rand(n, generator=generator, device=device) for low, high in ((3.0, 5.0), (5.0, 12.0)))  # Å, degrees
+    centre = two_theta_of(d, m.wavelength).nan_to_num(180.0)
+    hump = torch.exp(-4 * math.log(2) * ((angle - centre[:, None]) / fwhm[:, None]) ** 2)
+    return y * (m.background[:, None] / y.amax(1, keepdim=True).clamp(min=1e-6)) + m.hump[:, None] * hump
+
+# %% ../nbs/01_diffraction.ipynb #14376cda
+class Grid(NamedTuple):
+    "Measured patterns as the model's windows."
+
+    pattern: Tensor  # (n, N_WINDOWS, points) √-intensity, strongest point 1; 0 where nothing was measured
+    measured: Tensor  # (n, N_WINDOWS) bool, windows that are wholly covered
+    limits: Tensor  # (n, 2) ln q where the measurement begins and ends
+
+
+def to_grid(
+    two_theta: Tensor,  # (k,) degrees, ascending
+    intensity: Tensor,  # (n, k), without background; NaN where nothing was measured
+    wavelength: float = CU_KA,  # Å
+    monochromator: float = 0.0,  # 2θ of the monochromator, degrees
+    points: int = WINDOW_POINTS,  # grid points a window
+    fwhm: float = WINDOW_FWHM,  # Gaussian smoothing in ln q, to the model's peak width; 0: none
+) -> Grid:
+    "Patterns measured anywhere, on the model's grid. Raises `ValueError` for angles or a wavelength that cannot be."
+    two_theta, intensity = torch.as_tensor(two_theta).double(), torch.atleast_2d(torch.as_tensor(intensity)).double()
+    if not (0 < wavelength < math.inf): raise ValueError(f"the wavelength must be positive, not {wavelength:g} Å")
+    if two_theta.ndim != 1 or len(two_theta) < 2 or intensity.shape[1:] != two_theta.shape:
+        raise ValueError(f"angles {tuple(two_theta.shape)} and intensities {tuple(intensity.shape)} must be (k,) and (n, k), k at least 2")
+    if not ((two_theta.diff() > 0).all() and 0 < two_theta[0] and two_theta[-1] < 180): raise ValueError("2θ must rise within 0 to 180°")
+    sin = torch.deg2rad(two_theta / 2).sin()
+    d = wavelength / (2 * sin)
+    ln_q = (2 * math.pi / d).log()
+    known = intensity.isfinite()
+    if not known.any(1).all(): raise ValueError("a pattern has no measured point")
+    span = known.double()
+    ends = torch.stack([ln_q[span.argmax(1)], ln_q[len(ln_q) - 1 - span.flip(1).argmax(1)]], 1)
+    weight = lorentz_polarisation(d) / lorentz_polarisation(d, wavelength, monochromator)
+    weight = torch.where(d > CU_KA / 2, weight, 0.0)
+    y = intensity.nan_to_num().clamp(min=0) * weight
+    area = torch.cat([torch.zeros(len(y), 1), ((y[:, 1:] + y[:, :-1]) / 2 * two_theta.diff()).cumsum(1)], 1)
+    edges = torch.linspace(*LN_Q, N_WINDOWS * points + 1, dtype=torch.float64)
+    i = torch.searchsorted(ln_q, edges).clamp(1, len(ln_q) - 1)
+    share = ((edges - ln_q[i - 1]) / (ln_q[i] - ln_q[i - 1])).clamp(0, 1)
+    density = torch.lerp(area[:, i - 1], area[:, i], share).diff(dim=1)
+    if fwhm:
+        frequency = torch.fft.rfftfreq(2 * density.shape[1], WINDOW / points)
+        density = torch.fft.irfft(torch.fft.rfft(density, n=2 * density.shape[1]) * _gaussian(frequency, fwhm), n=2 * density.shape[1])
+        density = density[:, : N_WINDOWS * points].clamp(min=0)
+    inside = (edges[:-1] >= ends[:, :1]) & (edges[1:] <= ends[:, 1:])
+    gaps = torch.lerp(*((~known).double().cumsum(1)[:, j] for j in (i - 1, i)), share).diff(dim=1) > 0
+    measured = (inside & ~gaps).view(len(y), N_WINDOWS, points).all(2)
+    y = (density.view(len(y), N_WINDOWS, points) * measured[..., None]).flatten(1)
+    y = (y / y.amax(1, keepdim=True).clamp(min=1e-30)).sqrt()
+    return Grid(y.view(len(y), N_WINDOWS, points).float(), measured, ends.clamp(*LN_Q).float())

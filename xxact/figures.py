@@ -51,7 +51,7 @@ def save_figure(
     data.write_csv(path.with_suffix(".csv"), float_precision=6)
     return path.with_suffix(".png")
 
-# %% ../nbs/13_figures.ipynb #e0c8136f
+# %% ../nbs/13_figures.ipynb #27530dff
 def plot_distributions(
     df: "pl.DataFrame",  # material table
     targets: list[str],
@@ -83,7 +83,7 @@ def plot_patterns(
     from xxact.diffraction import CU_KA, batch_reflections, peaks, render
 
     r = batch_reflections([(row["d_spacing"], row["intensity"]) for row in df.iter_rows(named=True)])
-    (x, y), p = render(r), peaks(r)
+    (x, y, *_), p = render(r), peaks(r)
     angle = 2 * np.degrees(np.arcsin((p.ln_q.exp() * CU_KA / (4 * np.pi)).clamp(max=1).numpy()))
     fig, axes = plt.subplots(len(df), 1, figsize=(2 * COLUMN, 0.95 * len(df)), sharex=True)
     for ax, row, pattern, a, i in zip(np.atleast_1d(axes), df.iter_rows(named=True), y, angle, p.intensity):

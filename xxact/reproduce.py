@@ -646,7 +646,7 @@ def conditions(
 
 BLOCKS = dict(results=results_table, changes=changes_table, conditions=conditions)
 
-# %% ../nbs/12_reproduce.ipynb #328c9398
+# %% ../nbs/12_reproduce.ipynb #2af54bdf
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `xxact`. Ends with 2 and one line for input that cannot work."
     parser = argparse.ArgumentParser("xxact", description="Crystal properties and symmetry from composition and powder XRD.")
@@ -667,11 +667,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = commands.add_parser("data", help="look at a material table").add_subparsers(dest="what", required=True, metavar="WHAT")
     p = p.add_parser("card", help="counts, nulls, ranges, polymorph floor, near-duplicates")
     p.add_argument("table", metavar="TABLE")
+    p = commands.add_parser("bench", help="measure speed against a reference").add_subparsers(dest="what", required=True, metavar="WHAT")
+    p = p.add_parser("diffraction", help="reflections against pymatgen, and patterns a second")
+    p.add_argument("--dataset", default="", metavar="SOURCE", help="structures (default: real ones where XXACT_REAL_DATA is set, else prototypes)")
+    p.add_argument("--structures", type=int, default=1000, help="how many (default: 1000)")
+    p.add_argument("--device", default="cpu", help="where patterns are drawn: cpu, cuda or auto (default: cpu)")
     commands.add_parser("readme", help="fill the generated blocks of README.md")
     a, rest = parser.parse_known_args(arguments)
     if rest and (a.command != "reproduce" or any(r.startswith("-") for r in rest)): parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if a.command == "reproduce": a.parameters += rest  # NAME=VALUE may stand between options
-    try: return dict(reproduce=_reproduce, prepare=_prepare, data=_card, readme=_readme)[a.command](a)
+    try: return dict(reproduce=_reproduce, prepare=_prepare, data=_card, bench=_bench, readme=_readme)[a.command](a)
     except (ValueError, OSError) as e: print(f"xxact: {' '.join(str(e).split())}", file=sys.stderr); return 2
     except NotebookFailed as e: print(f"xxact: {e}", file=sys.stderr); return 2 if e.bad_input else 1
     except RuntimeError as e: print(f"xxact: {e}", file=sys.stderr); return 1
@@ -717,6 +722,15 @@ def _prepare(a: argparse.Namespace) -> int:
 def _card(a: argparse.Namespace) -> int:
     from xxact.sources import data_card
     print(data_card(read_table(a.table)))
+    return 0
+
+
+def _bench(a: argparse.Namespace) -> int:
+    from xxact.bench import bench_diffraction, read_crystals, record
+    root, device = project_root(), str(pick_device(a.device))
+    result = bench_diffraction(read_crystals(a.dataset, a.structures), device)
+    print(record(result, root / "figures/bench").relative_to(root))
+    print(json.dumps(result))
     return 0
 
 
