@@ -1,6 +1,8 @@
 "Reflections: parity with pymatgen on real structures, and what must not change them."
+import json
 import math
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,10 @@ from hypothesis import strategies as st
 from pymatgen.analysis.diffraction.xrd import XRDCalculator
 from pymatgen.core import Lattice, Structure
 
-from xxact.diffraction import (N_PEAKS, TWO_THETA, WAVELENGTHS, Crystal, batch_reflections, crystal_reflections, lorentz_polarisation, peaks,
-                               reflections, structure_reflections, two_theta_of)
+from xxact.diffraction import (LN_Q, MEASUREMENTS, N_PEAKS, N_WINDOWS, NARROWEST, TWO_THETA, WAVELENGTHS, WINDOW, Crystal, Measurement, Reflections,
+                               batch_reflections, crystal_reflections, draw_measurement, lorentz_polarisation, peak_shape, peaks, reflections, render,
+                               structure_reflections, to_grid, two_theta_of, window_pattern)
+from xxact.reproduce import main
 
 REAL = os.environ.get("XXACT_REAL_DATA")
 
@@ -110,7 +114,10 @@ def test_thermal_motion_damps_by_the_debye_waller_factor():
 
 def test_thousands_of_sites():
     x = np.stack(np.meshgrid(*[np.arange(17) / 17] * 3), -1).reshape(-1, 3)  # a supercell of 4913 sites: the crystal of one
+    tracemalloc.start()
     d, i = reflections(np.eye(3) * 17 * 3, x, np.full(len(x), 29))
+    assert tracemalloc.get_traced_memory()[1] < 2e9
+    tracemalloc.stop()
     d_one, i_one = reflections(np.eye(3) * 3, [[0, 0, 0]], [29])
     assert len(d) == len(d_one) and np.allclose(d, d_one, rtol=1e-5) and np.allclose(i, i_one, atol=1e-4)
 
@@ -147,3 +154,162 @@ def test_the_bad_one_of_many_is_named():
     good = Crystal(np.eye(3) * 4, [[0, 0, 0]], [29])
     with pytest.raises(ValueError, match="crystal 1: fractional coordinates are NaN"):
         crystal_reflections([good, good._replace(frac_coords=[[0, np.nan, 0]]), good])
+
+
+def seeded(seed: int) -> torch.Generator: return torch.Generator().manual_seed(seed)
+
+
+def a_measurement(seed: int) -> Measurement:
+    "One of the `lab` or `synchrotron` kind, settled, without what is random or not a peak."
+    m = draw_measurement(("lab", "synchrotron")[seed % 2], 1, seeded(seed))
+    plain = dict(texture=0.0, background=0.0, hump=0.0, counts=math.inf, strain=0.0, zero_shift=0.0, displacement=0.0)
+    return Measurement(*(float(v) for v in m))._replace(**plain)
+
+
+def written_out(r: Reflections, m: Measurement, two_theta: torch.Tensor, step: float) -> torch.Tensor:
+    "The sum of all pseudo-Voigts of one pattern, in double precision."
+    settled = Measurement(*(v.double() for v in draw_measurement(m, 1)))
+    d, y = r.ln_d.double().exp(), torch.zeros(len(two_theta), dtype=torch.float64)
+    for wavelength, share in ((m.wavelength, 1), (m.wavelength * (1 + m.kalpha2_shift), m.kalpha2)):
+        angle = two_theta_of(d, wavelength)
+        fwhm, eta = (t[0] for t in peak_shape(angle[None], settled, NARROWEST * step))
+        u = (two_theta.double()[:, None] - angle) / fwhm
+        shape = eta * 2 / math.pi / (1 + 4 * u**2) + (1 - eta) * 2 * math.sqrt(math.log(2) / math.pi) * torch.exp(-4 * math.log(2) * u**2)
+        y += (shape / fwhm * r.intensity * share * lorentz_polarisation(d, wavelength, m.monochromator)).nan_to_num().sum(1)
+    return y
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_a_pattern_is_the_sum_of_its_peaks(seed):
+    r, m = batch_reflections([reflections(*random_crystal(seed))]), a_measurement(seed)
+    x, y, *_ = render(r, m, scaled=False)
+    exact = written_out(r, m, x, float(x[1] - x[0]))
+    assert (y[0] - exact).abs().max() < 0.02 * exact.max()
+    assert abs(float(y.sum() / exact.sum()) - 1) < 0.01
+
+
+@given(st.floats(8, 85), st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_the_area_of_a_peak_is_its_intensity(angle, seed):
+    m = a_measurement(seed)._replace(kalpha2=0.0, microstrain=0.0, crystallite_size=math.inf)  # Gaussian: all of it is on the grid
+    d = torch.tensor([m.wavelength / 2 / math.sin(math.radians(angle / 2))])
+    r = Reflections(d.log(), torch.tensor([3.0]), torch.tensor([0]), 1)
+    x, y, *_ = render(r, m, scaled=False)
+    assert abs(float(y.sum() * (x[1] - x[0])) / (3 * float(lorentz_polarisation(d, m.wavelength, m.monochromator))) - 1) < 0.01
+    assert abs(float(x[y[0].argmax()]) - angle) <= float(x[1] - x[0])
+
+
+def test_a_peak_outside_the_grid_leaves_only_its_tail():
+    d = WAVELENGTHS["CuKa"] / 2 / np.sin(np.radians([19.7 / 2, 60 / 2]))  # in front of a grid that begins at 20°, and far from it
+    alone = [Reflections(torch.tensor([v]).log().float(), torch.ones(1), torch.zeros(1, dtype=torch.long), 1) for v in d]
+    near, far = (render(r, Measurement(crystallite_size=20.0), two_theta=(20, 40), scaled=False).intensity[0] for r in alone)
+    assert 0 < near[0] and (near.diff() < 1e-4 * near[0]).all() and near[-1] < 3e-3 * near[0]
+    assert far.max() < 3e-3 * near[0]
+
+
+@pytest.mark.parametrize("preset", MEASUREMENTS)
+def test_a_pattern_depends_on_its_generator_and_not_on_the_others(preset):
+    r = batch_reflections([reflections(*random_crystal(s)) for s in range(4)])
+    one, same_again, other = (render(r, preset, generator=seeded(s)) for s in (0, 0, 1))
+    assert torch.equal(one.intensity, same_again.intensity) and one.intensity.isfinite().all()
+    assert torch.equal(one.intensity, other.intensity) == (preset == "ideal")
+    assert one.intensity.amin() >= 0 and torch.allclose(one.intensity.amax(1), torch.ones(4)) and (one.intensity[~one.measured] == 0).all()
+    p = peaks(r, measurement=preset, generator=seeded(0))
+    there = p.intensity > 0
+    assert ((p.ln_q >= p.limits[:, :1]) & (p.ln_q <= p.limits[:, 1:]))[there].all()
+
+
+def test_patterns_of_a_batch_are_its_members():
+    lists = [reflections(*random_crystal(s)) for s in range(5)]
+    together = render(batch_reflections(lists)).intensity
+    for i, one in enumerate(lists): assert torch.allclose(together[i], render(batch_reflections([one])).intensity[0], atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_gpu_draws_the_same():
+    r = batch_reflections([reflections(*random_crystal(s)) for s in range(8)])
+    there = r._replace(ln_d=r.ln_d.cuda(), intensity=r.intensity.cuda(), row=r.row.cuda())
+    m = a_measurement(0)._replace(zero_shift=0.02, displacement=0.1, strain=1e-3, second_phase=0.2)
+    assert torch.allclose(render(r, m).intensity, render(there, m).intensity.cpu(), atol=1e-4)
+
+
+@given(st.integers(0, 10**6), st.floats(0.5, 1.8), st.integers(5000, 9000))
+@settings(max_examples=20, deadline=None)
+def test_round_trip_to_the_grid(seed, wavelength, n_points):
+    r = batch_reflections([reflections(*random_crystal(seed), d_min=0.9)])
+    low, high = (2 * math.degrees(math.asin(min(1, wavelength / 2 / d))) for d in (9.0, 1.3))
+    x, y, *_ = render(r, Measurement(wavelength, caglioti_w=4e-4), two_theta=(low, high), n_points=n_points, scaled=False)
+    grid = to_grid(x, y, wavelength)
+    centre = LN_Q[0] + WINDOW * (torch.arange(N_WINDOWS) + 0.5)
+    limits = torch.tensor([2 * math.pi / 9.0, 2 * math.pi / 1.3]).log()
+    assert torch.equal(grid.measured[0], (centre - WINDOW / 2 >= limits[0]) & (centre + WINDOW / 2 <= limits[1]))
+    assert torch.allclose(grid.limits[0], limits, atol=1e-4)
+    inner = grid.measured[0] & grid.measured[0].roll(1) & grid.measured[0].roll(-1)  # an edge may lose a tail
+    wanted = window_pattern(r)[0] * grid.measured[0][:, None]
+    if float(wanted[inner].max()) < float(wanted.max()): return  # the strongest line lies at an edge
+    difference = (grid.pattern[0] - wanted / wanted.max())[inner]
+    assert difference.abs().max() < 0.12 and difference.square().mean().sqrt() < 0.03
+
+
+def test_the_grid_marks_gaps():
+    r = batch_reflections([reflections(*random_crystal(3))])
+    x, y, *_ = render(r, scaled=False)
+    y = y.masked_fill((x > 30) & (x < 32), math.nan)
+    measured = to_grid(x, y).measured[0]
+    gap = [math.log(4 * math.pi * math.sin(math.radians(a / 2)) / WAVELENGTHS["CuKa"]) for a in (30, 32)]
+    low, high = (int((v - LN_Q[0]) / WINDOW) for v in gap)
+    assert not measured[low : high + 1].any() and measured[: low - 1].all() and measured[high + 2 :].all()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(two_theta=(5, 180)), "180"),
+    (dict(two_theta=(30, 20)), "must rise"),
+    (dict(n_points=1), "n_points"),
+    (dict(transform="cube"), "choose from none, sqrt, log"),
+    (dict(measurement="kitchen"), "choose from ideal, lab"),
+    (dict(measurement="lab"), "give a generator"),
+    (dict(measurement=Measurement(wavelength=0)), "wavelength=0 must be positive"),
+    (dict(measurement=Measurement(wavelength=math.nan)), "number or a range"),
+    (dict(measurement=Measurement(zero_shift=(0.1, -0.1))), "number or a range"),
+    (dict(measurement=Measurement(texture=0.2)), "texture is random"),
+    (dict(measurement=Measurement(background=-1)), "not be negative"),
+])
+def test_bad_measurements(change, message):
+    r = batch_reflections([reflections(*random_crystal(0))])
+    with pytest.raises(ValueError, match=message): render(r, **change)
+
+
+def test_nothing_to_draw():
+    with pytest.raises(ValueError, match="without reflections"): batch_reflections([(np.empty(0), np.empty(0))])
+    with pytest.raises(ValueError, match="no reflections"): render(Reflections(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.long), 0))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(wavelength=-1.0), "wavelength"),
+    (dict(two_theta=torch.linspace(5, 190, 100)), "within 0 to 180"),
+    (dict(intensity=torch.ones(1, 99)), "must be"),
+    (dict(intensity=torch.full((1, 100), math.nan)), "no measured point"),
+])
+def test_bad_patterns(change, message):
+    with pytest.raises(ValueError, match=message): to_grid(**dict(two_theta=torch.linspace(5, 90, 100), intensity=torch.ones(1, 100)) | change)
+
+
+def test_bench_prints_one_line_of_json_last(tmp_path, monkeypatch, capsys):
+    (tmp_path / "settings.ini").touch()
+    (tmp_path / "nbs/experiments").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "diffraction", "--dataset", "prototypes:30", "--structures", "10"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["n_structures"] == 10 and result["reflections_ratio_to_pymatgen"] > 0 and result["render_patterns_per_s"] > 0
+    (file,) = (tmp_path / "figures/bench").glob("diffraction-*.jsonl")
+    assert json.loads(file.read_text())["hardware"]
+    assert main(["bench", "diffraction", "--dataset", "prototypes:30", "--structures", "31"]) == 2
+    assert main(["bench", "diffraction", "--dataset", "nowhere.parquet"]) == 2
+
+
+def test_dense_lines_do_not_make_a_chain():
+    lattice = Lattice.from_parameters(61, 67, 71, 83, 97, 101).matrix  # 280,000 Å³: some 800,000 lines, closer than the tolerance
+    d, _ = reflections(lattice, [[0, 0, 0], [0.21, 0.37, 0.43]], [29, 8], d_min=1.2, weakest=0)
+    gap = -np.diff(d) / d[1:]
+    assert gap[d[1:] < 1.5].max() < 5e-5  # no hole where a chain was drawn together

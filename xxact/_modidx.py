@@ -42,6 +42,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'xxact.diffraction._on': ('diffraction.html#_on', 'xxact/diffraction.py'),
                                    'xxact.diffraction._patterns': ('diffraction.html#_patterns', 'xxact/diffraction.py'),
                                    'xxact.diffraction._refuse': ('diffraction.html#_refuse', 'xxact/diffraction.py'),
+                                   'xxact.diffraction._spline': ('diffraction.html#_spline', 'xxact/diffraction.py'),
                                    'xxact.diffraction._stretch': ('diffraction.html#_stretch', 'xxact/diffraction.py'),
                                    'xxact.diffraction._turns': ('diffraction.html#_turns', 'xxact/diffraction.py'),
                                    'xxact.diffraction._waves': ('diffraction.html#_waves', 'xxact/diffraction.py'),

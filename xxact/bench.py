@@ -20,7 +20,7 @@ import torch
 from .diffraction import CU_KA, TWO_THETA, Crystal, batch_reflections, crystal_reflections, render
 from .reproduce import provenance
 
-# %% ../nbs/14_bench.ipynb #37cdc0e9
+# %% ../nbs/14_bench.ipynb #78a7f9ba
 def read_crystals(
     dataset: str = "",  # anything that `xxact prepare` reads; empty: the real structures where XXACT_REAL_DATA is set, else the prototypes
     n: int = 1000,  # structures, taken evenly
@@ -48,7 +48,7 @@ def bench_diffraction(
 
     structures = [Structure(c.lattice, c.atomic_numbers, c.frac_coords) for c in crystals]
     calculator, d_min = XRDCalculator(CU_KA), CU_KA / 2 / np.sin(np.radians(TWO_THETA[1] / 2))  # the same reflections for both
-    lists = crystal_reflections(crystals, d_min=d_min)
+    lists = crystal_reflections(crystals)  # the range that is stored
     batches = [batch_reflections(lists[i : i + 64]) for i in range(0, len(lists), 64)]
     batches = [b._replace(ln_d=b.ln_d.to(device), intensity=b.intensity.to(device), row=b.row.to(device)) for b in batches]
     generator = torch.Generator().manual_seed(0)
@@ -57,7 +57,8 @@ def bench_diffraction(
     threads, reference, ours, drawn = torch.get_num_threads(), [], [], []
     torch.set_num_threads(1)
     for part in np.array_split(np.random.default_rng(0).permutation(len(structures)), min(rounds, len(structures))):
-        reference.append(seconds_of(lambda: [calculator.get_pattern(structures[i], two_theta_range=TWO_THETA) for i in part]) / len(part))
+        theirs = lambda some=part: [calculator.get_pattern(structures[i], two_theta_range=TWO_THETA) for i in some]
+        reference.append(seconds_of(theirs) / len(part))
         ours.append(seconds_of(lambda: crystal_reflections(crystals, d_min=d_min)) / len(crystals))
         drawn.append(seconds_of(draw) / len(crystals))
     torch.set_num_threads(threads)
