@@ -20,7 +20,7 @@ import torch
 from .diffraction import CU_KA, TWO_THETA, Crystal, batch_reflections, crystal_reflections, render
 from .reproduce import provenance
 
-# %% ../nbs/14_bench.ipynb #78a7f9ba
+# %% ../nbs/14_bench.ipynb #c974336d
 def read_crystals(
     dataset: str = "",  # anything that `xxact prepare` reads; empty: the real structures where XXACT_REAL_DATA is set, else the prototypes
     n: int = 1000,  # structures, taken evenly
@@ -65,7 +65,8 @@ def bench_diffraction(
     ratio = sum(reference) / len(reference) / np.median(ours)  # all parts together are all structures
     return dict(bench="diffraction", reflections_ratio_to_pymatgen=round(ratio, 1), reflections_per_s=round(1 / np.median(ours)),
                 render_patterns_per_s=round(1 / np.median(drawn)), n_structures=len(crystals),
-                mean_sites=round(np.mean([len(s) for s in structures]), 1), mean_reflections=round(np.mean([len(d) for d, _ in lists])), device=device)
+                mean_sites=round(np.mean([len(s) for s in structures]), 1), mean_reflections=round(np.mean([len(d) for d, _ in lists])),
+                device=device)
 
 
 def seconds_of(function: Callable[[], object]) -> float:

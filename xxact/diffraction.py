@@ -562,7 +562,7 @@ def _needed(generator: torch.Generator | None, what: str) -> torch.Generator:
     if generator is None: raise ValueError(f"{what} is random; give a generator")
     return generator
 
-# %% ../nbs/01_diffraction.ipynb #ab9a2a08
+# %% ../nbs/01_diffraction.ipynb #d8a9adcf
 _NODES, _MARGIN = 256, 12  # of the bent axis: nodes within the grid, and beyond each end
 _CELLS, _USED = 8192, 6144  # of the canvas; the rest keeps tails that leave at one end from coming in at the other
 NARROWEST = 2.5  # steps of the grid; a narrower peak is drawn this wide
@@ -622,8 +622,9 @@ def render(
         y += _stretch(_background(nodes, m, _on(_needed(generator, "a background"), device)), n_points)
     if bool(m.counts.isfinite().any()):
         noise = torch.randn(y.shape, generator=_on(_needed(generator, "counting noise"), device), device=device)
-        y += noise.mul_((y / m.counts[:, None]).sqrt_())  # Gaussian for Poisson: good above some 20 counts
-    y.clamp_(min=0).mul_(measured)
+        y.addcmul_(noise, (y / m.counts[:, None]).sqrt_())  # Gaussian for Poisson: good above some 20 counts
+    y.clamp_(min=0)
+    if not measured.all(): y *= measured
     return Patterns(angle, _TRANSFORMS[transform](y.div_(y.amax(1, keepdim=True).clamp_(min=1e-12))), measured, m)
 
 
@@ -652,31 +653,30 @@ def _patterns(r: Reflections, m: Measurement, low: float, high: float, n_points:
     share, flat = place - node, row * len(nodes) + node
     between = lambda t: torch.lerp(t.reshape(-1)[flat], t.reshape(-1)[flat + 1], share)
     at, lorentz = between(u), between(eta)
-    cell = at.long()
     gauss, lorentz = (torch.where(there, intensity * w, 0.0) for w in (1 - lorentz, lorentz))
     canvas = torch.zeros(n * 2 * _CELLS, device=device)
-    for i, weight in enumerate(_spline(at - cell)):  # cell 1 is where the axis begins
+    cell, weights = _spline(at)
+    for i, weight in enumerate(weights):
         first = row * 2 * _CELLS + cell + i
         canvas.index_add_(0, torch.cat([first, first + _CELLS]), torch.cat([gauss * weight, lorentz * weight]))
     frequency = torch.fft.rfftfreq(_CELLS, device=device)
-    spectrum = torch.fft.rfft(canvas.view(n, 2, _CELLS))
-    sharpen = torch.sinc(frequency) ** -8  # a spline spreads what is put on the canvas, and another what is read
-    spectrum = spectrum[:, 0] * (_gaussian(frequency, cells) * sharpen) + spectrum[:, 1] * (torch.exp(-math.pi * cells * frequency) * sharpen)
-    y = torch.fft.irfft(spectrum, n=_CELLS)
+    parts = torch.view_as_real(torch.fft.rfft(canvas.view(n, 2, _CELLS)))
+    sharpen = torch.sinc(frequency) ** -6  # a spline spreads what is put on the canvas, and another what is read
+    gauss, lorentz = ((shape * sharpen)[..., None] for shape in (_gaussian(frequency, cells), torch.exp(-math.pi * cells * frequency)))
+    y = torch.fft.irfft(torch.view_as_complex(torch.addcmul(parts[:, 0] * gauss, parts[:, 1], lorentz)), n=_CELLS)
 
     at, slope = (_stretch(t[:, _MARGIN:-_MARGIN], n_points) for t in (u, density))
-    cell = at.long()
-    at -= cell
-    read = sum(weight.mul_(y.gather(1, cell + i)) for i, weight in enumerate(_spline(at)))
+    cell, weights = _spline(at)
+    read = sum(weight.mul_(y[:, i : _CELLS - 2 + i].gather(1, cell)) for i, weight in enumerate(weights))
     return read.mul_(slope).clamp_(min=0)
 
 
-def _spline(share: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "Weights of a cubic B-spline on the cell before, the two around, and the cell behind."
-    rest, last = 1 - share, share**3 / 6
-    before = rest**3 / 6
-    second = 2 / 3 - share**2 + 3 * last
-    return before, second, 1 - before - second - last, last
+def _spline(at: Tensor) -> tuple[Tensor, list[Tensor]]:
+    "First of the three cells around a place (cell 1 is place 0), and their weights by a quadratic B-spline."
+    nearest = at.round()
+    t = at - nearest
+    before, behind = (0.5 - t).square_().mul_(0.5), (0.5 + t).square_().mul_(0.5)
+    return nearest.long(), [before, 0.75 - t.square_(), behind]
 
 
 def _stretch(t: Tensor, n_points: int) -> Tensor:
