@@ -154,11 +154,13 @@ def test_readme_says_what_the_files_say(tmp_path):
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `make readme`"
 
 
-def test_readme_example_runs(tmp_path, monkeypatch):
+def test_readme_examples_run(tmp_path, monkeypatch):
     import re
     monkeypatch.chdir(tmp_path)
-    example = re.search(r"<!-- example -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    assert len(example.strip().splitlines()) <= 12
+    library, patterns = re.findall(r"<!-- example -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     scope: dict = {}
-    exec(example, scope)
+    for example in (library, patterns):
+        assert len(example.strip().splitlines()) <= 12
+        exec(example, scope)
     assert json.dumps(list(map(float, scope["output"].targets[0]))) and scope["output"].crystal_system.shape == (1, 7)
+    assert scope["patterns"].intensity.shape == (8, 4096) and scope["grid"].measured.any()
