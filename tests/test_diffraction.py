@@ -37,8 +37,10 @@ def differences(structure: Structure, radiation: str) -> tuple[float, float]:
     areas = [np.bincount(g, y, group.max() + 1) for g, _, y in lists]
     places = [np.bincount(g, x * y, group.max() + 1) / np.maximum(area, 1e-30) for (g, x, y), area in zip(lists, areas, strict=True)]
     areas = [area / area.max() for area in areas]
-    strong = (np.maximum(*areas) > 1e-3) & (places[0] > low + 2e-3) & (places[0] < high - 2e-3)
-    return np.abs(places[0] - places[1])[strong].max(initial=0), np.abs(areas[0] - areas[1])[strong].max(initial=0)
+    place = np.where(areas[0] > 0, *places)
+    strong = (np.maximum(*areas) > 1e-3) & (place > low + 2e-3) & (place < high - 2e-3)
+    common = strong & (np.minimum(*areas) > 0)
+    return np.abs(places[0] - places[1])[common].max(initial=0), np.abs(areas[0] - areas[1])[strong].max(initial=0)
 
 
 def real_structures(n: int, at_most: int):
@@ -156,6 +158,14 @@ def test_the_bad_one_of_many_is_named():
         crystal_reflections([good, good._replace(frac_coords=[[0, np.nan, 0]]), good])
 
 
+def bragg(angle: float, wavelength: float = WAVELENGTHS["CuKa"]) -> float: return wavelength / 2 / math.sin(math.radians(angle / 2))
+
+
+def line(angle: float, **kwargs) -> Reflections:
+    "One reflection of intensity 3."
+    return Reflections(torch.tensor([bragg(angle, **kwargs)]).log(), torch.tensor([3.0]), torch.zeros(1, dtype=torch.long), 1)
+
+
 def seeded(seed: int) -> torch.Generator: return torch.Generator().manual_seed(seed)
 
 
@@ -183,7 +193,7 @@ def written_out(r: Reflections, m: Measurement, two_theta: torch.Tensor, step: f
 @settings(max_examples=20, deadline=None)
 def test_a_pattern_is_the_sum_of_its_peaks(seed):
     r, m = batch_reflections([reflections(*random_crystal(seed))]), a_measurement(seed)
-    x, y, *_ = render(r, m, scaled=False)
+    x, y, *_ = render(r, m, scaled=False, d_min=0.1)
     exact = written_out(r, m, x, float(x[1] - x[0]))
     assert (y[0] - exact).abs().max() < 0.02 * exact.max()
     assert abs(float(y.sum() / exact.sum()) - 1) < 0.01
@@ -193,17 +203,20 @@ def test_a_pattern_is_the_sum_of_its_peaks(seed):
 @settings(max_examples=30, deadline=None)
 def test_the_area_of_a_peak_is_its_intensity(angle, seed):
     m = a_measurement(seed)._replace(kalpha2=0.0, microstrain=0.0, crystallite_size=math.inf)  # Gaussian: all of it is on the grid
-    d = torch.tensor([m.wavelength / 2 / math.sin(math.radians(angle / 2))])
-    r = Reflections(d.log(), torch.tensor([3.0]), torch.tensor([0]), 1)
-    x, y, *_ = render(r, m, scaled=False)
+    r = line(angle, wavelength=m.wavelength)
+    d = r.ln_d.exp()
+    x, y, *_ = render(r, m, scaled=False, d_min=0.1)
     assert abs(float(y.sum() * (x[1] - x[0])) / (3 * float(lorentz_polarisation(d, m.wavelength, m.monochromator))) - 1) < 0.01
     assert abs(float(x[y[0].argmax()]) - angle) <= float(x[1] - x[0])
 
 
 def test_a_peak_outside_the_grid_leaves_only_its_tail():
-    d = WAVELENGTHS["CuKa"] / 2 / np.sin(np.radians([19.7 / 2, 60 / 2]))  # in front of a grid that begins at 20°, and far from it
-    alone = [Reflections(torch.tensor([v]).log().float(), torch.ones(1), torch.zeros(1, dtype=torch.long), 1) for v in d]
+    alone = [line(19.7), line(60)]  # in front of a grid that begins at 20°, and far from it
     near, far = (render(r, Measurement(crystallite_size=20.0), two_theta=(20, 40), scaled=False).intensity[0] for r in alone)
+    narrow = render(line(29.9), Measurement(caglioti_w=0.04), two_theta=(30, 32), n_points=500, scaled=False).intensity[0]
+    peak = 3 * float(lorentz_polarisation(torch.tensor(bragg(29.9)))) * 2 * math.sqrt(math.log(2) / math.pi) / 0.2
+    assert abs(float(narrow[0]) / (peak * 2 ** (-4 * 0.25)) - 1) < 0.01  # half a width from the top
+    assert narrow[-1] < 1e-5 * peak
     assert 0 < near[0] and (near.diff() < 1e-4 * near[0]).all() and near[-1] < 3e-3 * near[0]
     assert far.max() < 3e-3 * near[0]
 
@@ -218,6 +231,95 @@ def test_a_pattern_depends_on_its_generator_and_not_on_the_others(preset):
     p = peaks(r, measurement=preset, generator=seeded(0))
     there = p.intensity > 0
     assert ((p.ln_q >= p.limits[:, :1]) & (p.ln_q <= p.limits[:, 1:]))[there].all()
+
+
+def top_and_width(m: Measurement, angle: float) -> tuple[float, float]:
+    "Position of the top of a line, and its full width at half maximum, on a fine grid; degrees."
+    x, y, *_ = render(line(angle), m, two_theta=(angle - 2, angle + 2), n_points=4001, scaled=False)
+    above = x[y[0] > y[0].max() / 2]
+    return float((y[0] * x)[y[0] > 0.9 * y[0].max()].sum() / y[0][y[0] > 0.9 * y[0].max()].sum()), float(above[-1] - above[0])
+
+
+@pytest.mark.parametrize("change, shift", [  # at 2θ = 60°
+    (dict(zero_shift=0.1), 0.1),
+    (dict(displacement=0.3), math.degrees(-2 * 0.3 * math.cos(math.radians(30)) / 200)),
+    (dict(strain=0.002), math.degrees(-2 * 0.002 * math.tan(math.radians(30)))),
+    (dict(wavelength=1.5456), math.degrees(2 * (1.5456 / 1.54184 - 1) * math.tan(math.radians(30)))),
+])
+def test_where_a_line_goes(change, shift):
+    assert abs(top_and_width(Measurement()._replace(**change), 60)[0] - 60 - shift) < 2e-3
+    p = peaks(line(60), measurement=Measurement()._replace(**change))
+    apparent = 2 * math.degrees(math.asin(math.exp(float(p.ln_q[0, 0])) * change.get("wavelength", WAVELENGTHS["CuKa"]) / 4 / math.pi))
+    assert abs(apparent - 60 - shift) < 2e-3
+
+
+@pytest.mark.parametrize("change, angle, width", [
+    (dict(caglioti_w=0.04), 60, 0.2),
+    (dict(caglioti_u=0.3, caglioti_w=1e-6), 60, math.sqrt(0.3) * math.tan(math.radians(30))),
+    (dict(crystallite_size=20.0, caglioti_w=1e-6), 40, 0.4228),  # 0.9 × 1.54184 Å / (200 Å × cos 20°)
+    (dict(microstrain=0.003, caglioti_w=1e-6), 60, math.degrees(4 * 0.003 * math.tan(math.radians(30)))),
+    (dict(crystallite_size=20.0, caglioti_w=0.4228**2), 40, 0.4228 * 11.67117 ** 0.2),  # Thompson, Cox and Hastings for equal widths
+])
+def test_how_wide_a_line_is(change, angle, width):
+    assert abs(top_and_width(Measurement()._replace(**change), angle)[1] / width - 1) < 0.015
+
+
+def test_the_second_line_of_a_tube():
+    m = Measurement(WAVELENGTHS["CuKa1"], kalpha2=0.5, caglioti_w=4e-4)
+    x, y, *_ = render(line(80, wavelength=m.wavelength), m, two_theta=(78, 82), scaled=False)
+    second = 2 * math.degrees(math.asin(1.54439 / 1.54056 * math.sin(math.radians(40))))
+    ratio = y[0][(x - second).abs() < 0.08].sum() / y[0][(x - 80).abs() < 0.08].sum()
+    assert abs(float(x[(x > 80.1) & (y[0] > 0)][y[0][(x > 80.1) & (y[0] > 0)].argmax()]) - second) < 3e-3 and abs(float(ratio) - 0.5) < 0.01
+
+
+def test_polarisation_of_a_monochromator():
+    pair = Reflections(torch.tensor([bragg(30), bragg(90)]).log(), torch.ones(2), torch.zeros(2, dtype=torch.long), 1)
+    heights = []
+    for angle in (0.0, 60.0):
+        x, y, *_ = render(pair, Measurement(monochromator=angle), two_theta=(20, 100), d_min=0.5, scaled=False)
+        heights.append([float(y[0][(x - at).abs() < 1].sum()) for at in (30, 90)])
+    (a, b), (c, d) = heights
+    assert abs(c / a - (1 + 0.25 * 0.75) / (1 + 0.75)) < 3e-3 and abs(d / b - 1) < 3e-3  # cos² 30° = 0.75, cos² 90° = 0
+
+
+def test_a_second_phase_is_the_next_material():
+    lists = [reflections(*random_crystal(s)) for s in range(3)]
+    alone = render(batch_reflections(lists), scaled=False).intensity
+    mixed = render(batch_reflections(lists), Measurement(second_phase=0.3), scaled=False).intensity
+    assert torch.allclose(mixed, alone + 0.3 * alone.roll(-1, 0), atol=1e-4 * float(alone.max()))
+    with pytest.raises(ValueError, match="only one"): render(batch_reflections(lists[:1]), Measurement(second_phase=0.3))
+
+
+def test_noise_background_and_transforms():
+    r = batch_reflections([reflections(*random_crystal(5))] * 200)
+    still = render(r, Measurement(), n_points=1000).intensity[0]
+    noisy = render(r, Measurement(counts=1e4), n_points=1000, generator=seeded(0)).intensity
+    some = still > 0.2
+    variance, own = float(noisy[:, some].var(0).mean()), float(still[some].mean()) / 1e4
+    assert own < variance < own + 1.1 * float(still[some].square().mean()) / 1e4  # and some of the strongest point's
+    lifted = render(r, Measurement(background=0.5), n_points=1000, generator=seeded(0), transform="none").intensity
+    assert (lifted.amin(1) >= 0).all() and 0.05 < lifted.median(1).values.mean() < 0.5
+    humped = render(r, Measurement(hump=0.5), n_points=1000, generator=seeded(0)).intensity - still
+    where = torch.linspace(*TWO_THETA, 1000)[humped.argmax(1)]
+    assert (where > 16).all() and (where < 31).all() and torch.allclose(humped.amax(1), torch.tensor(0.5), atol=0.2)
+    for name, form in dict(sqrt=lambda y: y**0.5, log=lambda y: np.log1p(1000 * y) / np.log(1001)).items():
+        assert np.allclose(render(r, n_points=1000, transform=name).intensity[0], form(still.numpy()), atol=1e-5)
+
+
+def test_what_was_not_measured_is_marked():
+    r = batch_reflections([reflections(*random_crystal(5))])
+    x, _, measured, _ = render(r, Measurement(two_theta_min=20.0, two_theta_max=70.0))
+    assert torch.equal(measured[0], (x >= 20) & (x <= 70))
+    x, y, measured, _ = render(r, Measurement(wavelength=0.5))
+    assert torch.equal(measured[0], x <= 2 * math.degrees(math.asin(0.25 / 1.05))) and (y[~measured] == 0).all()  # stored lines end at 1.05 Å
+
+
+@pytest.mark.parametrize("n_points", [4096, 9000, 20000])
+def test_a_finer_grid_is_as_exact(n_points):
+    r, m = batch_reflections([reflections(*random_crystal(7))]), Measurement(caglioti_w=1e-6)
+    x, y, *_ = render(r, m, n_points=n_points, scaled=False)
+    exact = written_out(r, m, x, float(x[1] - x[0]))
+    assert (y[0] - exact).abs().max() < 0.02 * exact.max() and abs(float(y.sum() / exact.sum()) - 1) < 0.01
 
 
 def test_patterns_of_a_batch_are_its_members():
@@ -274,6 +376,11 @@ def test_the_grid_marks_gaps():
     (dict(measurement=Measurement(zero_shift=(0.1, -0.1))), "number or a range"),
     (dict(measurement=Measurement(texture=0.2)), "texture is random"),
     (dict(measurement=Measurement(background=-1)), "not be negative"),
+    (dict(measurement=Measurement(wavelength=math.inf)), "must be finite"),
+    (dict(measurement=Measurement(wavelength="Cu")), "number or a range"),
+    (dict(measurement=Measurement(strain=-1)), "strain"),
+    (dict(measurement=Measurement(two_theta_min=50.0, two_theta_max=40.0)), "below two_theta_max"),
+    (dict(d_min=0), "d_min"),
 ])
 def test_bad_measurements(change, message):
     r = batch_reflections([reflections(*random_crystal(0))])
@@ -282,7 +389,9 @@ def test_bad_measurements(change, message):
 
 def test_nothing_to_draw():
     with pytest.raises(ValueError, match="without reflections"): batch_reflections([(np.empty(0), np.empty(0))])
-    with pytest.raises(ValueError, match="no reflections"): render(Reflections(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.long), 0))
+    nothing = Reflections(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.long), 0)
+    for r in (nothing, line(30)._replace(n=2)):
+        with pytest.raises(ValueError, match="no reflections to draw"): render(r)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -290,6 +399,7 @@ def test_nothing_to_draw():
     (dict(two_theta=torch.linspace(5, 190, 100)), "within 0 to 180"),
     (dict(intensity=torch.ones(1, 99)), "must be"),
     (dict(intensity=torch.full((1, 100), math.nan)), "no measured point"),
+    (dict(wavelength=0.01), "within the model's range"),
 ])
 def test_bad_patterns(change, message):
     with pytest.raises(ValueError, match=message): to_grid(**dict(two_theta=torch.linspace(5, 90, 100), intensity=torch.ones(1, 100)) | change)

@@ -2,6 +2,7 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'xxact'},
   'syms': { 'xxact.bench': { 'xxact.bench.bench_diffraction': ('bench.html#bench_diffraction', 'xxact/bench.py'),
+                             'xxact.bench.one_core': ('bench.html#one_core', 'xxact/bench.py'),
                              'xxact.bench.read_crystals': ('bench.html#read_crystals', 'xxact/bench.py'),
                              'xxact.bench.record': ('bench.html#record', 'xxact/bench.py'),
                              'xxact.bench.seconds_of': ('bench.html#seconds_of', 'xxact/bench.py')},

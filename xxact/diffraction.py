@@ -362,7 +362,7 @@ def window_pattern(
              LN_Q[0] + step / 2, step, N_WINDOWS * points, fwhm)
     return (y / y.amax(1, keepdim=True).clamp(min=1e-12)).sqrt().view(r.n, N_WINDOWS, points)
 
-# %% ../nbs/01_diffraction.ipynb #0ad4bd42
+# %% ../nbs/01_diffraction.ipynb #6e6f85ca
 N_PEAKS, RESOLUTION, WEAKEST_PEAK = 48, 0.02, 3e-3
 
 
@@ -379,7 +379,7 @@ def peaks(
     n_peaks: int = N_PEAKS,
     resolution: float = RESOLUTION,  # reflections in one bin of this many degrees 2θ (Cu Kα) are one peak
     weakest: float = WEAKEST_PEAK,  # share of the strongest peak
-    measurement: "str | Measurement | None" = None,  # how it was measured (see below); None: exactly, over the whole range of the model
+    measurement: "str | Measurement | None" = None,  # places, intensities and range (see below); widths and noise are the two above
     generator: torch.Generator | None = None,  # on the CPU; where the measurement draws random numbers
 ) -> Peaks:
     "The peaks of lowest angle of each material within the model's range."
@@ -455,7 +455,7 @@ def perturb(
     order = (1000.0 * r.row - ln_d.double()).argsort()
     return Reflections(ln_d[order], (intensity * keep)[order], r.row, r.n)
 
-# %% ../nbs/01_diffraction.ipynb #d084c6a7
+# %% ../nbs/01_diffraction.ipynb #5fc0d134
 Range = float | tuple[float, float]
 
 
@@ -467,7 +467,7 @@ class Measurement(NamedTuple):
     kalpha2_shift: Range = 2.486e-3  # Kα2's wavelength / Kα1's - 1; of Cu. Mo 6.0e-3, Co 2.2e-3, Cr 1.7e-3, Fe 2.0e-3, Ag 7.9e-3
     monochromator: Range = 0.0  # its 2θ, degrees; 0: unpolarised, 90: wholly polarised
     caglioti_u: Range = 0.0  # degrees²
-    caglioti_v: Range = 0.0  # degrees²
+    caglioti_v: Range = 0.0  # degrees²; a negative width² counts as the narrowest that can be drawn
     caglioti_w: Range = 0.01  # degrees²
     crystallite_size: Range = math.inf  # nm; drawn evenly in its logarithm
     microstrain: Range = 0.0  # Δd/d
@@ -475,10 +475,10 @@ class Measurement(NamedTuple):
     displacement: Range = 0.0  # of the sample below the axis, mm at a radius of 200 mm
     strain: Range = 0.0  # of the lattice, Δd/d
     texture: Range = 0.0  # standard deviation of the ln of each intensity
-    second_phase: Range = 0.0  # strongest |F|² of the next material in the batch, as a share of the first's
+    second_phase: Range = 0.0  # strongest |F|² of the next material in the batch, as a share of the first's; strained and placed like it
     background: Range = 0.0  # highest point of a smooth background, as a share of the strongest peak
     hump: Range = 0.0  # height of an amorphous hump between d = 3 and 5 Å, as a share of the strongest peak
-    counts: Range = math.inf  # at the strongest point; drawn evenly in its logarithm
+    counts: Range = math.inf  # at the strongest point of the peaks, before the background; drawn evenly in its logarithm
     two_theta_min: Range = 0.0  # degrees, where the measurement begins
     two_theta_max: Range = 180.0  # degrees, where it ends
 
@@ -487,11 +487,11 @@ _POSITIVE = ("wavelength", "crystallite_size", "counts", "caglioti_w")
 _LOGARITHMIC = ("crystallite_size", "counts")
 RADIUS = 200.0  # mm, of the goniometer
 
-# %% ../nbs/01_diffraction.ipynb #fa1940b0
+# %% ../nbs/01_diffraction.ipynb #ba139e98
 MEASUREMENTS = dict(
     ideal=Measurement(),
     lab=Measurement(
-        wavelength=WAVELENGTHS["CuKa1"], kalpha2=0.5, monochromator=(0.0, 26.6), caglioti_u=(0.0, 0.02), caglioti_v=(-0.005, 0.0),
+        wavelength=WAVELENGTHS["CuKa1"], kalpha2=0.5, monochromator=(0.0, 26.6), caglioti_u=(0.0, 0.02),
         caglioti_w=(0.0025, 0.01), crystallite_size=(20.0, 200.0), microstrain=(0.0, 1e-3), zero_shift=(-0.03, 0.03), displacement=(-0.1, 0.1),
         strain=(-3e-3, 3e-3), texture=(0.0, 0.3), background=(0.0, 0.1), hump=(0.0, 0.03), counts=(1e3, 1e5)),
     synchrotron=Measurement(
@@ -499,7 +499,7 @@ MEASUREMENTS = dict(
         microstrain=(0.0, 5e-4), zero_shift=(-0.002, 0.002), strain=(-3e-3, 3e-3), texture=(0.0, 0.1), background=(0.0, 0.03), hump=(0.0, 0.03),
         counts=(1e4, 1e6)),
     harsh=Measurement(
-        wavelength=WAVELENGTHS["CuKa1"], kalpha2=0.5, monochromator=(0.0, 26.6), caglioti_u=(0.0, 0.05), caglioti_v=(-0.01, 0.0),
+        wavelength=WAVELENGTHS["CuKa1"], kalpha2=0.5, monochromator=(0.0, 26.6), caglioti_u=(0.0, 0.05),
         caglioti_w=(0.0025, 0.04), crystallite_size=(5.0, 100.0), microstrain=(0.0, 5e-3), zero_shift=(-0.1, 0.1), displacement=(-0.3, 0.3),
         strain=(-0.01, 0.01), texture=(0.0, 1.0), second_phase=(0.0, 0.3), background=(0.0, 0.5), hump=(0.0, 0.3), counts=(100.0, 1e4),
         two_theta_min=(5.0, 20.0), two_theta_max=(60.0, 90.0)),
@@ -515,17 +515,21 @@ def draw_measurement(
     if isinstance(m, str) and m not in MEASUREMENTS: raise ValueError(f"measurement {m!r} does not exist; choose from {', '.join(MEASUREMENTS)}")
     settled = {}
     for name, value in (MEASUREMENTS[m] if isinstance(m, str) else m)._asdict().items():
-        low, high = value if isinstance(value, tuple) else (value, value)
-        if not low <= high: raise ValueError(f"{name}={value} must be a number or a range (low, high)")
+        low, high = value if isinstance(value, tuple | list) and len(value) == 2 else (value, value)
+        if not (isinstance(low, int | float) and isinstance(high, int | float) and low <= high):
+            raise ValueError(f"{name}={value} must be a number or a range (low, high)")
         if name in _POSITIVE and not low > 0: raise ValueError(f"{name}={value} must be positive")
         if name not in (*_POSITIVE, "caglioti_v", "zero_shift", "displacement", "strain") and low < 0:
             raise ValueError(f"{name}={value} must not be negative")
+        if math.isinf(high) and not (name in _LOGARITHMIC and low == high): raise ValueError(f"{name}={value} must be finite")
+        if name == "strain" and low <= -0.5: raise ValueError(f"strain={value} must be above -0.5")
         if low == high:
             settled[name] = torch.full((n,), float(low))
             continue
         if generator is None: raise ValueError(f"{name}={value} is drawn for each pattern; give a generator")
         u = torch.rand(n, generator=generator)
         settled[name] = (math.log(low) + u * math.log(high / low)).exp() if name in _LOGARITHMIC else low + u * (high - low)
+    if (settled["two_theta_min"] >= settled["two_theta_max"]).any(): raise ValueError("two_theta_min must be below two_theta_max")
     return Measurement(**settled)
 
 
@@ -540,6 +544,7 @@ def observe(
         noise = torch.randn(len(ln_d), generator=_on(_needed(generator, "texture"), ln_d.device), device=ln_d.device)
         intensity = intensity * (m.texture[row] * noise).exp()
     if bool((m.second_phase > 0).any()):
+        if r.n == 1: raise ValueError("second_phase mixes in the next material of the batch, and there is only one; set it to 0")
         first = (row - 1) % r.n  # a material is the second phase of the one before it
         ln_d, row = torch.cat([ln_d, ln_d]), torch.cat([row, first])
         intensity = torch.cat([intensity, intensity * m.second_phase[first]])
@@ -562,9 +567,8 @@ def _needed(generator: torch.Generator | None, what: str) -> torch.Generator:
     if generator is None: raise ValueError(f"{what} is random; give a generator")
     return generator
 
-# %% ../nbs/01_diffraction.ipynb #d8a9adcf
-_NODES, _MARGIN = 256, 12  # of the bent axis: nodes within the grid, and beyond each end
-_CELLS, _USED = 8192, 6144  # of the canvas; the rest keeps tails that leave at one end from coming in at the other
+# %% ../nbs/01_diffraction.ipynb #c6dc47a2
+_NODES, _MARGIN = 256, 5.0  # of the bent axis: nodes within the grid; degrees beyond each end within which peaks are drawn
 NARROWEST = 2.5  # steps of the grid; a narrower peak is drawn this wide
 _TRANSFORMS = dict(none=lambda y: y, sqrt=torch.sqrt, log=lambda y: torch.log1p(1e3 * y) / math.log1p(1e3))
 
@@ -600,21 +604,25 @@ def render(
     measurement: str | Measurement = "ideal",  # ideal, lab, synchrotron, harsh, or one of your own
     two_theta: tuple[float, float] = TWO_THETA,  # degrees
     n_points: int = 4096,
+    d_min: float = D_MIN,  # Å, where the reflections end; what lies beyond is not measured
     transform: str = "none",  # of patterns whose strongest point is 1: none, sqrt or log
     generator: torch.Generator | None = None,  # on the CPU; where the measurement draws random numbers
-    scaled: bool = True,  # False: intensity per degree, not transformed, so that the area of a peak is its intensity with Lorentz-polarisation
+    scaled: bool = True,  # False: peaks alone, in intensity per degree: the area of each is its intensity with Lorentz-polarisation
 ) -> Patterns:
-    "Powder patterns of a batch. Raises `ValueError` for an impossible grid or measurement, and for a batch without reflections."
+    "Powder patterns of a batch, 0 where no line is near. Raises `ValueError` for what cannot be drawn."
     low, high = two_theta
     if not (0 <= low < high < 180): raise ValueError(f"2θ must rise within 0 to 180°, not {two_theta}")
     if n_points < 2: raise ValueError(f"n_points={n_points} must be at least 2")
+    if not d_min > 0: raise ValueError(f"d_min={d_min:g} Å must be positive")
     if transform not in _TRANSFORMS: raise ValueError(f"transform={transform!r} does not exist; choose from {', '.join(_TRANSFORMS)}")
-    if not r.n or not len(r.ln_d): raise ValueError("there are no reflections to draw")
+    if not r.n or not (torch.bincount(r.row, minlength=r.n) > 0).all():
+        raise ValueError("a material has no reflections to draw")
     device, step = r.ln_d.device, (high - low) / (n_points - 1)
     m = Measurement(*(v.to(device) for v in draw_measurement(measurement, r.n, generator)))
     y = _patterns(observe(r, m, generator), m, low, high, n_points)
     angle = low + step * torch.arange(n_points, device=device)
-    measured = (angle >= m.two_theta_min[:, None]) & (angle <= m.two_theta_max[:, None])
+    end = torch.rad2deg(2 * (m.wavelength / (2 * d_min)).clamp(max=1).asin())
+    measured = (angle >= m.two_theta_min[:, None]) & (angle <= torch.minimum(m.two_theta_max, end)[:, None])
     if not scaled: return Patterns(angle, y * measured, measured, m)
     y = y / y.amax(1, keepdim=True).clamp(min=1e-12)
     if bool((m.background + m.hump > 0).any()):
@@ -631,6 +639,8 @@ def render(
 def _patterns(r: Reflections, m: Measurement, low: float, high: float, n_points: int) -> Tensor:
     "Intensity per degree (n, n_points), by a bent axis on which all peaks have width 1."
     n, device, row, intensity = r.n, r.ln_d.device, r.row, r.intensity
+    used = 6144 * math.ceil(n_points / 4096)  # cells of the axis
+    canvas_size = used * 4 // 3  # the rest keeps tails that leave at one end from coming in at the other
     sin = m.wavelength[row] / (2 * r.ln_d.exp())
     if bool((m.kalpha2 > 0).any()):
         sin = torch.cat([sin, sin * (1 + m.kalpha2_shift[row])])
@@ -640,11 +650,12 @@ def _patterns(r: Reflections, m: Measurement, low: float, high: float, n_points:
     intensity = intensity * (1 + polarised * (1 - 2 * sin2) ** 2) / (sin2 * (1 - sin2).clamp(min=1e-6).sqrt())
 
     h = (high - low) / (_NODES - 1)
-    nodes = low + h * torch.arange(-_MARGIN, _NODES + _MARGIN, device=device)
+    margin = math.ceil(_MARGIN / h)  # nodes
+    nodes = low + h * torch.arange(-margin, _NODES + margin, device=device)
     fwhm, eta = peak_shape(nodes.clamp(0, 170).expand(n, -1), m, NARROWEST * (high - low) / (n_points - 1))
     density = 1 / fwhm
     u = torch.cat([torch.zeros(n, 1, device=device), ((density[:, 1:] + density[:, :-1]) * (h / 2)).cumsum(1)], 1)
-    cells = _USED / u[:, -1:]  # a width
+    cells = used / u[:, -1:]  # a width
     u, density = u * cells, density * cells
 
     place = (torch.rad2deg(2 * sin.clamp(max=1).asin()) - nodes[0]) / h
@@ -654,21 +665,23 @@ def _patterns(r: Reflections, m: Measurement, low: float, high: float, n_points:
     between = lambda t: torch.lerp(t.reshape(-1)[flat], t.reshape(-1)[flat + 1], share)
     at, lorentz = between(u), between(eta)
     gauss, lorentz = (torch.where(there, intensity * w, 0.0) for w in (1 - lorentz, lorentz))
-    canvas = torch.zeros(n * 2 * _CELLS, device=device)
+    canvas = torch.zeros(n * 2 * canvas_size, device=device)
     cell, weights = _spline(at)
     for i, weight in enumerate(weights):
-        first = row * 2 * _CELLS + cell + i
-        canvas.index_add_(0, torch.cat([first, first + _CELLS]), torch.cat([gauss * weight, lorentz * weight]))
-    frequency = torch.fft.rfftfreq(_CELLS, device=device)
-    parts = torch.view_as_real(torch.fft.rfft(canvas.view(n, 2, _CELLS)))
+        first = row * 2 * canvas_size + cell + i
+        canvas.index_add_(0, torch.cat([first, first + canvas_size]), torch.cat([gauss * weight, lorentz * weight]))
+    frequency = torch.fft.rfftfreq(canvas_size, device=device)
+    parts = torch.view_as_real(torch.fft.rfft(canvas.view(n, 2, canvas_size)))
     sharpen = torch.sinc(frequency) ** -6  # a spline spreads what is put on the canvas, and another what is read
     gauss, lorentz = ((shape * sharpen)[..., None] for shape in (_gaussian(frequency, cells), torch.exp(-math.pi * cells * frequency)))
-    y = torch.fft.irfft(torch.view_as_complex(torch.addcmul(parts[:, 0] * gauss, parts[:, 1], lorentz)), n=_CELLS)
+    y = torch.fft.irfft(torch.view_as_complex(torch.addcmul(parts[:, 0] * gauss, parts[:, 1], lorentz)), n=canvas_size)
 
-    at, slope = (_stretch(t[:, _MARGIN:-_MARGIN], n_points) for t in (u, density))
+    at, slope = (_stretch(t[:, margin:-margin], n_points) for t in (u, density))
     cell, weights = _spline(at)
-    read = sum(weight.mul_(y[:, i : _CELLS - 2 + i].gather(1, cell)) for i, weight in enumerate(weights))
-    return read.mul_(slope).clamp_(min=0)
+    read = sum(weight.mul_(y[:, i : canvas_size - 2 + i].gather(1, cell)) for i, weight in enumerate(weights))
+    read.mul_(slope)
+    heaviest = torch.zeros(n, device=device).scatter_reduce_(0, r.row, r.intensity, "amax")
+    return torch.where(read > 1e-7 * heaviest[:, None], read, 0.0)  # below is the noise of the transform
 
 
 def _spline(at: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -697,7 +710,7 @@ def _background(angle: Tensor, m: Measurement, generator: torch.Generator) -> Te
     hump = torch.exp(-4 * math.log(2) * ((angle - centre[:, None]) / fwhm[:, None]) ** 2)
     return y * (m.background[:, None] / y.amax(1, keepdim=True).clamp(min=1e-6)) + m.hump[:, None] * hump
 
-# %% ../nbs/01_diffraction.ipynb #14376cda
+# %% ../nbs/01_diffraction.ipynb #b684ef02
 class Grid(NamedTuple):
     "Measured patterns as the model's windows."
 
@@ -712,10 +725,11 @@ def to_grid(
     wavelength: float = CU_KA,  # Å
     monochromator: float = 0.0,  # 2θ of the monochromator, degrees
     points: int = WINDOW_POINTS,  # grid points a window
-    fwhm: float = WINDOW_FWHM,  # Gaussian smoothing in ln q, to the model's peak width; 0: none
+    fwhm: float = WINDOW_FWHM,  # Gaussian smoothing in ln q: the model's peak width, to which the instrument's own adds; 0: none
 ) -> Grid:
     "Patterns measured anywhere, on the model's grid. Raises `ValueError` for angles or a wavelength that cannot be."
-    two_theta, intensity = torch.as_tensor(two_theta).double(), torch.atleast_2d(torch.as_tensor(intensity)).double()
+    two_theta = torch.as_tensor(two_theta).double()
+    device, intensity = two_theta.device, torch.atleast_2d(torch.as_tensor(intensity)).double()
     if not (0 < wavelength < math.inf): raise ValueError(f"the wavelength must be positive, not {wavelength:g} Å")
     if two_theta.ndim != 1 or len(two_theta) < 2 or intensity.shape[1:] != two_theta.shape:
         raise ValueError(f"angles {tuple(two_theta.shape)} and intensities {tuple(intensity.shape)} must be (k,) and (n, k), k at least 2")
@@ -725,23 +739,25 @@ def to_grid(
     ln_q = (2 * math.pi / d).log()
     known = intensity.isfinite()
     if not known.any(1).all(): raise ValueError("a pattern has no measured point")
+    if ln_q[-1] <= LN_Q[0] or ln_q[0] >= LN_Q[1]:
+        raise ValueError(f"nothing measured within the model's range, q = {math.exp(LN_Q[0]):.2f} to {math.exp(LN_Q[1]):.2f} Å⁻¹")
     span = known.double()
     ends = torch.stack([ln_q[span.argmax(1)], ln_q[len(ln_q) - 1 - span.flip(1).argmax(1)]], 1)
     weight = lorentz_polarisation(d) / lorentz_polarisation(d, wavelength, monochromator)
     weight = torch.where(d > CU_KA / 2, weight, 0.0)
-    y = intensity.nan_to_num().clamp(min=0) * weight
-    area = torch.cat([torch.zeros(len(y), 1), ((y[:, 1:] + y[:, :-1]) / 2 * two_theta.diff()).cumsum(1)], 1)
-    edges = torch.linspace(*LN_Q, N_WINDOWS * points + 1, dtype=torch.float64)
+    y = torch.where(known, intensity, 0.0) * weight  # noise below 0 stays until it is smoothed
+    area = torch.cat([torch.zeros(len(y), 1, device=device), ((y[:, 1:] + y[:, :-1]) / 2 * two_theta.diff()).cumsum(1)], 1)
+    edges = torch.linspace(*LN_Q, N_WINDOWS * points + 1, dtype=torch.float64, device=device)
     i = torch.searchsorted(ln_q, edges).clamp(1, len(ln_q) - 1)
     share = ((edges - ln_q[i - 1]) / (ln_q[i] - ln_q[i - 1])).clamp(0, 1)
     density = torch.lerp(area[:, i - 1], area[:, i], share).diff(dim=1)
     if fwhm:
-        frequency = torch.fft.rfftfreq(2 * density.shape[1], WINDOW / points)
+        frequency = torch.fft.rfftfreq(2 * density.shape[1], WINDOW / points, device=device)
         density = torch.fft.irfft(torch.fft.rfft(density, n=2 * density.shape[1]) * _gaussian(frequency, fwhm), n=2 * density.shape[1])
-        density = density[:, : N_WINDOWS * points].clamp(min=0)
+        density = density[:, : N_WINDOWS * points]
     inside = (edges[:-1] >= ends[:, :1]) & (edges[1:] <= ends[:, 1:])
     gaps = torch.lerp(*((~known).double().cumsum(1)[:, j] for j in (i - 1, i)), share).diff(dim=1) > 0
     measured = (inside & ~gaps).view(len(y), N_WINDOWS, points).all(2)
-    y = (density.view(len(y), N_WINDOWS, points) * measured[..., None]).flatten(1)
+    y = (density.clamp(min=0).view(len(y), N_WINDOWS, points) * measured[..., None]).flatten(1)
     y = (y / y.amax(1, keepdim=True).clamp(min=1e-30)).sqrt()
     return Grid(y.view(len(y), N_WINDOWS, points).float(), measured, ends.clamp(*LN_Q).float())
