@@ -646,7 +646,7 @@ def conditions(
 
 BLOCKS = dict(results=results_table, changes=changes_table, conditions=conditions)
 
-# %% ../nbs/12_reproduce.ipynb #8ad29830
+# %% ../nbs/12_reproduce.ipynb #22d7e72b
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `xxact`. Ends with 2 and one line for input that cannot work."
     parser = argparse.ArgumentParser("xxact", description="Crystal properties and symmetry from composition and powder XRD.")
@@ -731,8 +731,9 @@ def _bench(a: argparse.Namespace) -> int:
     real = Path(os.environ.get("XXACT_REAL_DATA", ""), "mp/structures.parquet")
     dataset = a.dataset or (str(real) if real.exists() else f"prototypes:{a.structures}")
     crystals = read_crystals(dataset, a.structures)
-    with one_core(): result = bench_diffraction(crystals, device) | dict(dataset=dataset.split("/")[-1])
-    print(record(result, root / "figures/bench").relative_to(root))
+    with one_core():
+        result = bench_diffraction(crystals, device) | dict(dataset=dataset.split("/")[-1])
+        print(record(result, root / "figures/bench").relative_to(root))
     print(json.dumps(result))
     return 0
 
