@@ -319,17 +319,17 @@ def test_source_names(path, name):
 
 
 def test_processes_give_the_same_table_in_the_same_order(tmp_path):
-    structures(300, source=["a", "b", "a"] * 100, band_gap=[1.0, math.nan, math.inf] * 100).write_parquet(tmp_path / "s.parquet")
+    structures(600, source=["a", "b", "a"] * 200, band_gap=[1.0, math.nan, math.inf] * 200).write_parquet(tmp_path / "s.parquet")
     before = dict(os.environ)
     summaries = [S.prepare([tmp_path / "s.parquet"] * 2, tmp_path / f"{w}.parquet", workers=w, progress=False) for w in (1, 2)]
     assert dict(os.environ) == before | ({"SPGLIB_WARNING": "OFF"} if "SPGLIB_WARNING" in os.environ else {})
     one, two = (pl.read_parquet(tmp_path / f"{w}.parquet") for w in (1, 2))
     assert one.equals(two)
-    assert one["material_id"].to_list() == [f"m{i}" for i in range(300)]
+    assert one["material_id"].to_list() == [f"m{i}" for i in range(600)]
     assert one.schema == pl.Schema(S.table_schema())
     for summary in summaries:
-        assert (summary["entries"], summary["rows"], summary["duplicates"]) == (600, 300, 300)
-        assert summary["nan_labels"] == {"band_gap": 200}
+        assert (summary["entries"], summary["rows"], summary["duplicates"]) == (1200, 600, 600)
+        assert summary["nan_labels"] == {"band_gap": 400}
     metadata = pl.read_parquet_metadata(tmp_path / "1.parquet")
     assert "a: unknown" in metadata["licence"]
     assert metadata["d_min"] == "1.05"
@@ -345,18 +345,19 @@ def test_same_identifier_from_another_source_is_another_row(tmp_path):
 
 
 def test_an_unexpected_failure_of_a_library_is_a_reject(tmp_path, monkeypatch):
-    calls = iter(range(10))
+    computed = S.crystal_reflections
 
-    def fails_once(*args, **kwargs):
-        if next(calls) == 1:
+    def fails_for_one(crystals, d_min):
+        if any(crystal.atomic_numbers[0] == 19 for crystal in crystals):
             raise RuntimeError("deep\ninside")
-        return np.array([2.0], np.float32), np.array([1.0], np.float32)
+        return computed(crystals, d_min)
 
-    monkeypatch.setattr(S, "reflections", fails_once)
-    structures(3).write_parquet(tmp_path / "s.parquet")
+    monkeypatch.setattr(S, "crystal_reflections", fails_for_one)
+    structures(3).with_columns(atomic_numbers=pl.Series([[55, 17], [19, 17], [37, 17]])).write_parquet(tmp_path / "s.parquet")
     summary = S.prepare([tmp_path / "s.parquet"], tmp_path / "t.parquet", progress=False)
     assert summary["rejects"] == {"RuntimeError": 1}
     assert pl.read_parquet(tmp_path / "t.rejects.parquet")["reason"].to_list() == ["RuntimeError: deep inside"]
+    assert pl.read_parquet(tmp_path / "t.parquet")["formula"].to_list() == ["CsCl", "RbCl"]
 
 
 def test_a_wrong_path_is_an_error_before_any_work(tmp_path):
@@ -369,7 +370,7 @@ def test_a_wrong_path_is_an_error_before_any_work(tmp_path):
 
 
 def test_a_script_without_a_guard_is_told_so(tmp_path):
-    structures(300).write_parquet(tmp_path / "s.parquet")
+    structures(S.CHUNK + 1).write_parquet(tmp_path / "s.parquet")
     (tmp_path / "script.py").write_text(
         "from xxact.sources import prepare\nprepare(['s.parquet'], 't.parquet', workers=2, progress=False)\n"
     )
@@ -453,6 +454,7 @@ def test_real_files_of_every_layout(tmp_path):
 def test_alexandria_space_groups_and_units():
     entries = json.loads((real_data() / "alexandria" / "alexandria_sample.json").read_text())["entries"]
     for entry, item in zip(entries, S.read_source(real_data() / "alexandria" / "alexandria_sample.json")):
-        data, row = entry["data"], S.material_row(item)
+        data, row = entry["data"], S.material_row(item | {"space_group": None})  # found again
+        assert item["space_group"] == data["spg"]
         assert (row["material_id"], row["space_group"], row["n_sites"]) == (data["mat_id"], data["spg"], data["nsites"])
         assert row["dos_at_fermi"] == pytest.approx(data["dos_ef"] / data["nsites"])

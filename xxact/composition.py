@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['N_ELEMENTS', 'DESCRIPTORS', 'SYMBOLS', 'ATOMIC_NUMBER', 'MAX_ELEMENTS', 'SPLITS', 'element_descriptors',
-           'formula_amounts', 'tokens', 'parse_formula', 'composition_key', 'composition_hash', 'split_of',
-           'reduced_formula']
+           'formula_amounts', 'tokens', 'parse_formula', 'composition_key', 'amounts_key', 'composition_hash',
+           'split_of', 'reduced_formula']
 
 # %% ../nbs/00_composition.ipynb #896d4c31
 import csv
@@ -83,24 +83,28 @@ def parse_formula(formula: str) -> tuple[np.ndarray, np.ndarray]:  # atomic numb
     "Composition tokens of a formula."
     return tokens(formula_amounts(formula))
 
-# %% ../nbs/00_composition.ipynb #2a04e749
+# %% ../nbs/00_composition.ipynb #4a8dcadc
 SPLITS = ("train", "val", "test")
 
 
 def _integers(amounts: dict[str, float]) -> dict[str, int]:  # sorted by atomic number
-    parts = {s: Fraction(v).limit_denominator(1000) for s, v in amounts.items()}
-    lcm = math.lcm(*(f.denominator for f in parts.values()))
-    n = {s: int(f * lcm) for s, f in parts.items()}
+    n = {s: int(v) for s, v in amounts.items()}
+    if n != amounts:  # not whole numbers
+        parts = {s: Fraction(v).limit_denominator(1000) for s, v in amounts.items()}
+        lcm = math.lcm(*(f.denominator for f in parts.values()))
+        n = {s: int(f * lcm) for s, f in parts.items()}
     gcd = math.gcd(*n.values()) or 1
     return {s: max(1, n[s] // gcd) for s in sorted(n, key=ATOMIC_NUMBER.__getitem__)}
 
 
 def composition_key(formula: str) -> str:
     "The key that decides the split: `element:count` sorted by atomic number, counts without a common divisor."
-    return _key(formula_amounts(formula))
+    return amounts_key(formula_amounts(formula))
 
 
-def _key(amounts: dict[str, float]) -> str: return " ".join(f"{s}:{n}" for s, n in _integers(amounts).items())
+def amounts_key(amounts: dict[str, float]) -> str:
+    "`composition_key` of given amounts."
+    return " ".join(f"{s}:{n}" for s, n in _integers(amounts).items())
 
 
 def composition_hash(key: str) -> int:

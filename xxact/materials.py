@@ -26,7 +26,7 @@ from .diffraction import Reflections
 if TYPE_CHECKING:
     import polars as pl
 
-# %% ../nbs/03_materials.ipynb #946f2f15
+# %% ../nbs/03_materials.ipynb #b4222c7c
 TARGETS: dict[str, str] = dict(
     formation_energy_per_atom="eV/atom", energy_above_hull="eV/atom", band_gap="eV", band_gap_direct="eV", volume_per_atom="Å³/atom",
     density="g/cm³", magnetization_per_atom="μB/atom", dos_at_fermi="states/eV/atom", lattice_energy_per_atom="eV/atom")
@@ -46,12 +46,12 @@ def table_schema() -> dict[str, "pl.DataType"]:
     "Columns of the material table, in order, with their types."
     import polars as pl
     u8, f32 = pl.List(pl.UInt8), pl.List(pl.Float32)
-    return dict(material_id=pl.String, source=pl.String, formula=pl.String, atomic_numbers=u8, fractions=f32, d_spacing=f32, intensity=f32,
-                space_group=pl.UInt8, n_sites=pl.UInt16) | dict.fromkeys(TARGETS, pl.Float32)
+    return dict(material_id=pl.String, source=pl.String, formula=pl.String, atomic_numbers=u8, fractions=f32, composition=pl.UInt64,
+                d_spacing=f32, intensity=f32, space_group=pl.UInt8, n_sites=pl.UInt16) | dict.fromkeys(TARGETS, pl.Float32)
 
-# %% ../nbs/03_materials.ipynb #672c183b
+# %% ../nbs/03_materials.ipynb #768e64de
 def write_table(
-    df: "pl.DataFrame",
+    df: "pl.DataFrame | pl.LazyFrame",
     path: str | Path,  # Parquet file
     **metadata: str,  # licence, citation, versions …
 ) -> None:
@@ -59,7 +59,10 @@ def write_table(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    df.write_parquet(temporary, metadata=metadata)
+    try: df.lazy().sink_parquet(temporary, metadata=metadata)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(path)
 
 
@@ -74,7 +77,7 @@ def read_table(
     if not shards: raise ValueError(f"{path} holds no .parquet files")
     try: df = pl.concat([pl.read_parquet(p) for p in shards], how="diagonal_relaxed")
     except (pl.exceptions.PolarsError, OSError) as e: raise ValueError(f"{path} is not a Parquet table: {str(e).splitlines()[0]}") from e
-    if missing := [c for c in table_schema() if c not in df.columns and c not in TARGETS]:
+    if missing := [c for c in table_schema() if c not in df.columns and c not in (*TARGETS, "composition")]:
         raise ValueError(f"{path} is no material table, it lacks {', '.join(missing)}; `xxact prepare {path} --out TABLE` makes one")
     if df.is_empty(): raise ValueError(f"{path} is empty")
     nulls = [pl.lit(None, pl.Float32).alias(t) for t in TARGETS if t not in df.columns]
