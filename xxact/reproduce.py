@@ -145,7 +145,7 @@ def split_list(text: str) -> list[str]:
     "Parts of a comma-separated list."
     return [part.strip() for part in text.split(",") if part.strip()]
 
-# %% ../nbs/12_reproduce.ipynb #fac3d704
+# %% ../nbs/12_reproduce.ipynb #6be710f6
 def load_table(
     dataset: str,  # prototypes:N, a material table, or a source that can be prepared
     source: str = "",  # keep only these sources, comma-separated; empty: all
@@ -160,7 +160,9 @@ def load_table(
     if not (path.is_dir() and any(path.glob("*.parquet"))) and not (path.suffix == ".parquet" and _is_material_table(path)):
         stamp = hashlib.sha256(json.dumps([_stamp(dataset), d_min, _code_stamp(*made_by)]).encode()).hexdigest()[:8]
         path = Path(cache or project_root() / "data") / f"{path.stem.replace(':', '-')}-{stamp}.parquet"
-        if not path.exists(): prepare([dataset], path, d_min=d_min)
+        if not path.exists() and "broken file" in prepare([dataset], path, d_min=d_min)["rejects"]:
+            path.unlink()
+            raise ValueError(f"{dataset} could not be read to its end; see {path.stem}.rejects.parquet in {path.parent}")
     try: df = read_table(path)
     except ValueError as e: raise ValueError(f"{e}; a table in data/ can be deleted and is made again") from e
     if source:
@@ -646,7 +648,7 @@ def conditions(
 
 BLOCKS = dict(results=results_table, changes=changes_table, conditions=conditions)
 
-# %% ../nbs/12_reproduce.ipynb #22d7e72b
+# %% ../nbs/12_reproduce.ipynb #e8a2b1da
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `xxact`. Ends with 2 and one line for input that cannot work."
     parser = argparse.ArgumentParser("xxact", description="Crystal properties and symmetry from composition and powder XRD.")
@@ -657,21 +659,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--profile", default="smoke", help="a section of settings.ini (default: smoke)")
     p.add_argument("--only", action="append", default=[], metavar="EXPERIMENT", help="run only this one (can be repeated)")
     p.add_argument("parameters", nargs="*", metavar="NAME=VALUE", help="change a parameter, for example epochs=20")
-    p = commands.add_parser("prepare", help="make a material table from structures")
+    p = commands.add_parser("prepare", help="make material tables from structures")
     p.add_argument("sources", nargs="+", metavar="SOURCE",
                    help="Parquet of structures, CSV with CIF text, CIF folder, Alexandria JSON, prototypes[:N[:SEED]]")
-    p.add_argument("--out", required=True, type=Path, metavar="TABLE", help="the Parquet file to write")
+    p.add_argument("--out", required=True, type=Path, metavar="TABLE",
+                   help="the .parquet file to write, or a folder for one such file a source file, of which finished ones are kept")
     p.add_argument("--source", help="name of the source, or the one to keep of a table that has several")
     p.add_argument("--d-min", type=float, default=1.05, help="shortest d-spacing, Å (default: 1.05)")
     p.add_argument("--workers", type=int, help="processes (default: one a core)")
+    p.add_argument("--scheduler", metavar="ADDRESS", help="dask scheduler whose workers do the work, like tcp://host:8786")
     p = commands.add_parser("data", help="look at a material table").add_subparsers(dest="what", required=True, metavar="WHAT")
     p = p.add_parser("card", help="counts, nulls, ranges, polymorph floor, near-duplicates")
     p.add_argument("table", metavar="TABLE")
-    p = commands.add_parser("bench", help="measure speed against a reference").add_subparsers(dest="what", required=True, metavar="WHAT")
-    p = p.add_parser("diffraction", help="reflections against pymatgen, and patterns a second")
+    bench = commands.add_parser("bench", help="measure speed against a reference").add_subparsers(dest="what", required=True, metavar="WHAT")
+    p = bench.add_parser("diffraction", help="reflections against pymatgen, and patterns a second")
     p.add_argument("--dataset", default="", metavar="SOURCE", help="structures (default: real ones where XXACT_REAL_DATA is set, else prototypes)")
     p.add_argument("--structures", type=int, default=1000, help="how many (default: 1000)")
     p.add_argument("--device", default="cpu", help="where patterns are drawn: cpu, cuda or auto (default: cpu)")
+    p = bench.add_parser("prepare", help="from an Alexandria file to a table, against pymatgen")
+    p.add_argument("--dataset", default="", metavar="SOURCE", help="structures of the entries (default: as above, of source wbm)")
+    p.add_argument("--entries", type=int, default=20_000, help="how many (default: 20000)")
     commands.add_parser("readme", help="fill the generated blocks of README.md")
     a, rest = parser.parse_known_args(arguments)
     if rest and (a.command != "reproduce" or any(r.startswith("-") for r in rest)): parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -715,7 +722,9 @@ def _reproduce(a: argparse.Namespace) -> int:
 
 def _prepare(a: argparse.Namespace) -> int:
     from xxact.sources import prepare
-    for key, value in prepare(a.sources, a.out, a.d_min, a.workers, a.source).items(): print(f"{key}: {value}")
+    summary = prepare(a.sources, a.out, a.d_min, a.workers, a.source, a.scheduler)
+    for key, value in summary.items(): print(f"{key}: {value}")
+    if "broken file" in summary["rejects"]: raise RuntimeError(f"not every file could be read to its end; see {summary['rejects_table']}")
     return 0
 
 
@@ -726,13 +735,14 @@ def _card(a: argparse.Namespace) -> int:
 
 
 def _bench(a: argparse.Namespace) -> int:
-    from xxact.bench import bench_diffraction, one_core, read_crystals, record
-    root, device = project_root(), str(pick_device(a.device))
-    real = Path(os.environ.get("XXACT_REAL_DATA", ""), "mp/structures.parquet")
-    dataset = a.dataset or (str(real) if real.exists() else f"prototypes:{a.structures}")
-    crystals = read_crystals(dataset, a.structures)
+    from xxact.bench import bench_diffraction, bench_prepare, one_core, read_crystals, read_records, record
+    root, real = project_root(), Path(os.environ.get("XXACT_REAL_DATA", ""), "mp/structures.parquet")
+    dataset = a.dataset or (str(real) if real.exists() else "prototypes:1000")
+    if a.what == "prepare": structures = read_records(dataset, "wbm" if dataset == str(real) else None)
+    else: structures, device = read_crystals(dataset, a.structures), str(pick_device(a.device))
     with one_core():
-        result = bench_diffraction(crystals, device) | dict(dataset=dataset.split("/")[-1])
+        result = bench_prepare(structures, a.entries) if a.what == "prepare" else bench_diffraction(structures, device)
+        result |= dict(dataset=dataset.split("/")[-1])
         print(record(result, root / "figures/bench").relative_to(root))
     print(json.dumps(result))
     return 0

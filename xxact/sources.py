@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'CELL_LENGTHS', 'ENTRY', 'LONGEST', 'RECOGNISED', 'BROKEN'
            'material_row', 'parse_cif', 'symbol_to_number', 'make_reject', 'read_entry', 'read_structure_table',
            'source_name', 'read_cif_csv', 'read_cif_folder', 'decode_entries', 'read_alexandria', 'open_text',
            'recognise', 'alexandria_files', 'open_source', 'until_broken', 'read_source', 'attempt', 'prepare_chunk',
-           'prepare_all', 'executor', 'dask_executor', 'cores', 'count_entries', 'estimate_entries', 'write_rejects',
+           'prepare_all', 'executor', 'dask_client', 'cores', 'count_entries', 'estimate_entries', 'write_rejects',
            'table_of', 'prepare_table', 'prepare', 'progress_bar', 'made_from', 'prepare_shard', 'shards_of',
            'prepare_shards', 'failed_lines', 'with_rejects', 'table_height', 'summary_of', 'drop_repeats', 'with_keys',
            'composition_floor', 'near_duplicates', 'markdown_table', 'data_card']
@@ -662,7 +662,7 @@ def prepare_chunk(
     lost = [[t for t, v in item.get("targets", {}).items() if v is not None and not is_number(v)] for item in items]
     return [(rows.get(i, checked[i]), lost[i] if i in rows else []) for i in range(len(items))]
 
-# %% ../nbs/04_sources.ipynb #585df763
+# %% ../nbs/04_sources.ipynb #71dda815
 CHUNK = 512  # entries: from a third of a second of work to two
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")
 
@@ -705,11 +705,13 @@ def executor(
     scheduler: str | None = None,  # address of a dask scheduler, to use its workers instead
 ) -> Iterator[Executor]:
     """Start what work is handed to. Raises `ValueError` where the scheduler cannot be used."""
-    before = {name: os.environ.get(name) for name in THREADS}
     if scheduler:
-        pool = dask_executor(scheduler)
-    elif workers == 1:
-        pool = ThreadPoolExecutor(1)
+        with dask_client(scheduler) as client:
+            yield client.get_executor(pure=False)
+        return
+    before = {name: os.environ.get(name) for name in THREADS}
+    if workers == 1:
+        pool: Executor = ThreadPoolExecutor(1)
     else:
         os.environ.update(dict.fromkeys(THREADS, "1"))
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
@@ -724,16 +726,16 @@ def executor(
                 os.environ[name] = value
 
 
-def dask_executor(
+def dask_client(
     scheduler: str,  # tcp://host:8786
-) -> Executor:
+) -> "Client":  # noqa: F821
     """Connect to a dask cluster, whose machines must see the same files."""
     try:
         from distributed import Client
     except ImportError as error:
         raise ValueError("--scheduler needs dask: pip install 'xxact[cluster]'") from error
     try:
-        return Client(scheduler, timeout=10).get_executor(pure=False)
+        return Client(scheduler, timeout=5)
     except (OSError, ValueError) as error:
         raise ValueError(f"no dask scheduler answers at {scheduler!r}; start one with `dask scheduler`, and workers with `dask worker`") from error
 
