@@ -777,7 +777,7 @@ def estimate_entries(
     except (OSError, EOFError, zlib.error):
         return 0  # the reader will say what is wrong with it
 
-# %% ../nbs/04_sources.ipynb #202367a0
+# %% ../nbs/04_sources.ipynb #67c5b563
 PART = 8 * CHUNK  # rows kept in memory
 DUPLICATE = "duplicate: "
 
@@ -785,10 +785,11 @@ DUPLICATE = "duplicate: "
 def write_rejects(
     rejects: pl.DataFrame,  # material_id, source, reason
     table: Path,  # the table that they did not come into
+    **metadata: str,
 ) -> Path:  # <stem>.rejects.parquet beside it
     """Write what could not be used beside the table."""
     path = table.with_name(f"{table.stem}.rejects.parquet")
-    write_table(rejects, path)
+    write_table(rejects, path, **metadata)
     return path
 
 
@@ -839,13 +840,14 @@ def prepare_table(
             if bar is not None and results:
                 bar.update(len(results))
         reasons = Counter(reject["reason"].split(":")[0] for reject in rejects if not reject["reason"].startswith(DUPLICATE))
-        refused = write_rejects(pl.DataFrame(rejects, schema=dict.fromkeys(("material_id", "source", "reason"), pl.String())), out)
+        refused = pl.DataFrame(rejects, schema=dict.fromkeys(("material_id", "source", "reason"), pl.String()))
+        refused = write_rejects(refused, out, nan_labels=json.dumps(nan_labels))
         if not seen:
             why = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3)) or "the sources are empty"
             example = f" (first: {rejects[0]['material_id']}: {rejects[0]['reason']})" if rejects else ""
             raise ValueError(f"no material could be prepared: {why}{example}; all reasons are in {refused}")
         names = sorted({name for name, _ in seen})
-        metadata |= {"d_min": f"{d_min:g}", "version": __version__, "nan_labels": json.dumps(nan_labels)}
+        metadata |= {"d_min": f"{d_min:g}", "version": __version__}
         for key, which in (("licence", 0), ("citation", 1)):
             metadata[key] = "; ".join(f"{name}: {SOURCES[name][which] if name in SOURCES else 'unknown: ask its owner'}" for name in names)
         write_table(pl.scan_parquet(parts), out, **metadata)
@@ -875,6 +877,8 @@ def prepare(
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
     if out.suffix.lower() != ".parquet":
+        if out.is_file():
+            raise ValueError(f"{out}: is a file; give the name of a new .parquet file, or a folder")
         summary = prepare_shards(sources, out, d_min, workers or cores(), source, scheduler, progress)
     else:
         if out.is_dir() or out.resolve() in [Path(path).resolve() for path in sources]:
@@ -897,7 +901,7 @@ def progress_bar(
     counts = [count_entries(path, source) for path in sources] if show else []
     return tqdm(total=sum(counts), disable=not show, unit=" materials", smoothing=0.05)
 
-# %% ../nbs/04_sources.ipynb #a8121d1d
+# %% ../nbs/04_sources.ipynb #5c02cd9a
 ROWS = 1  # raised when rows change their meaning
 
 
@@ -1024,7 +1028,7 @@ def summary_of(
     duplicates = reasons.pop(DUPLICATE[:-2], 0)
     nan_labels: Counter[str] = Counter()
     for shard in shards:
-        nan_labels.update(json.loads(pl.read_parquet_metadata(shard)["nan_labels"]))
+        nan_labels.update(json.loads(pl.read_parquet_metadata(with_rejects(shard)[1])["nan_labels"]))
     rows = sum(map(table_height, shards))
     books = {"entries": rows + len(rejects), "rows": rows, "rejects": dict(reasons.most_common())}
     return books | {"duplicates": duplicates, "nan_labels": dict(nan_labels)}
@@ -1041,7 +1045,7 @@ def drop_repeats(
         reason = pl.lit(f"{DUPLICATE}an earlier file has this material_id").alias("reason")
         new = again.select("material_id", "source", reason)
         before = pl.read_parquet(rejects).join(new, on=new.columns, how="anti", maintain_order="left")  # left by a call that was killed here
-        write_rejects(pl.concat([before, new]), shard)
+        write_rejects(pl.concat([before, new]), shard, **pl.read_parquet_metadata(rejects))
         kept = pl.scan_parquet(shard).join(again.lazy(), on=["source", "material_id"], how="anti", maintain_order="left")
         write_table(kept, shard, **pl.read_parquet_metadata(shard))
 
