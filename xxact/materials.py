@@ -153,7 +153,7 @@ def read_table(
     if df.is_empty(): raise ValueError(f"{_name(path)} is empty")
     return df
 
-# %% ../nbs/03_materials.ipynb #e273cf01
+# %% ../nbs/03_materials.ipynb #b89732c9
 _LN_D = (-1.5, 4.5)  # range of ln d (d in Å) on 16 bits
 _BITS = 65535
 _LIMITS = dict(d_spacing=(0.23, 90), intensity=(0, 1), atomic_numbers=(1, N_ELEMENTS), fractions=(0, 1))
@@ -312,6 +312,7 @@ class MaterialSet:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         header = self.metadata | {"targets": json.dumps(self.target_names)}
         save_file({k: v.cpu().contiguous() for k, v in self.tensors().items()}, temporary, header)
+        temporary.chmod(0o644)  # safetensors writes for its owner only
         temporary.replace(path)
 
     @classmethod

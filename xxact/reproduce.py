@@ -648,7 +648,7 @@ def conditions(
 
 BLOCKS = dict(results=results_table, changes=changes_table, conditions=conditions)
 
-# %% ../nbs/12_reproduce.ipynb #e8a2b1da
+# %% ../nbs/12_reproduce.ipynb #3cfd86c6
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `xxact`. Ends with 2 and one line for input that cannot work."
     parser = argparse.ArgumentParser("xxact", description="Crystal properties and symmetry from composition and powder XRD.")
@@ -659,6 +659,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--profile", default="smoke", help="a section of settings.ini (default: smoke)")
     p.add_argument("--only", action="append", default=[], metavar="EXPERIMENT", help="run only this one (can be repeated)")
     p.add_argument("parameters", nargs="*", metavar="NAME=VALUE", help="change a parameter, for example epochs=20")
+    p = commands.add_parser("download", help="fetch a public data set").add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, text in dict(alexandria="5.8 million materials in 58 files", mp20="45,000 materials of MP-20",
+                           mp36k="36,000 materials of the MEGNet repository").items():
+        q = p.add_parser(name, help=text)
+        q.add_argument("--dest", default="data/raw", type=Path, metavar="FOLDER", help="where a folder for it is made (default: data/raw)")
+        q.add_argument("--base-url", metavar="URL", help="address of a mirror")
+        if name == "alexandria":
+            q.add_argument("--functional", default="pbe", help="pbe, pbe_2d, pbe_1d, pbesol or scan (default: pbe)")
+            q.add_argument("--files", metavar="NUMBERS", help="for example 0-3 or 0,2,5-7 (default: all)")
+            q.add_argument("--snapshot", metavar="DATE", help='dated folder, or "" for the undated files (default for pbe: 2025.07.02)')
     p = commands.add_parser("prepare", help="make material tables from structures")
     p.add_argument("sources", nargs="+", metavar="SOURCE",
                    help="Parquet of structures, CSV with CIF text, CIF folder, Alexandria JSON, prototypes[:N[:SEED]]")
@@ -683,7 +693,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a, rest = parser.parse_known_args(arguments)
     if rest and (a.command != "reproduce" or any(r.startswith("-") for r in rest)): parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if a.command == "reproduce": a.parameters += rest  # NAME=VALUE may stand between options
-    try: return dict(reproduce=_reproduce, prepare=_prepare, data=_card, bench=_bench, readme=_readme)[a.command](a)
+    try: return dict(reproduce=_reproduce, download=_download, prepare=_prepare, data=_card, bench=_bench, readme=_readme)[a.command](a)
     except (ValueError, OSError) as e: print(f"xxact: {' '.join(str(e).split())}", file=sys.stderr); return 2
     except NotebookFailed as e: print(f"xxact: {e}", file=sys.stderr); return 2 if e.bad_input else 1
     except RuntimeError as e: print(f"xxact: {e}", file=sys.stderr); return 1
@@ -717,6 +727,13 @@ def _reproduce(a: argparse.Namespace) -> int:
         if picture.endswith(".png"): print(Path("figures") / profile / picture)
     for copy in copies: print(copy.with_suffix(".html").relative_to(root))
     print(f"{time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _download(a: argparse.Namespace) -> int:
+    from xxact import download
+    for path in getattr(download, a.what)(**{k: v for k, v in vars(a).items() if k not in ("command", "what")}): print(path)
+    print(download.terms(a.what))
     return 0
 
 

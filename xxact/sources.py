@@ -622,9 +622,10 @@ def read_source(
     """Read the records of any recognised source."""
     return map(read_entry, open_source(path, source))
 
-# %% ../nbs/04_sources.ipynb #ebe7485c
+# %% ../nbs/04_sources.ipynb #1a170b5e
 SOURCES: dict[str, tuple[str, str]] = {  # source -> (licence, citation)
     "mp": ("CC BY 4.0", "Jain et al., APL Materials 1, 011002 (2013)"),
+    "mp36k": ("Materials Project data CC BY 4.0", "Jain et al., APL Materials 1, 011002 (2013); repository kdmsit/MEGNet"),
     "mp20": ("MIT; Materials Project data CC BY 4.0", "Xie et al., ICLR 2022; Jain et al., APL Materials 1, 011002 (2013)"),
     "mpts52": ("MIT; Materials Project data CC BY 4.0", "Baird et al., MPTS-52; Jain et al., APL Materials 1, 011002 (2013)"),
     "perov5": ("MIT", "Castelli et al., Energy Environ. Sci. 5, 9034 (2012); Xie et al., ICLR 2022"),
