@@ -52,7 +52,7 @@ def table_schema() -> dict[str, "pl.DataType"]:
     return dict(material_id=pl.String, source=pl.String, formula=pl.String, atomic_numbers=u8, fractions=f32, composition=pl.UInt64,
                 d_spacing=f32, intensity=f32, space_group=pl.UInt8, n_sites=pl.UInt16) | dict.fromkeys(TARGETS, pl.Float32)
 
-# %% ../nbs/03_materials.ipynb #1f908452
+# %% ../nbs/03_materials.ipynb #e8527235
 def write_table(
     df: "pl.DataFrame | pl.LazyFrame",  # a lazy one is written as it is read, in little memory
     path: str | Path,  # Parquet file
@@ -63,7 +63,7 @@ def write_table(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        df.lazy().sink_parquet(temporary, metadata=metadata)
+        df.lazy().sink_parquet(temporary, metadata=metadata, row_group_size=2**14)
         temporary.replace(path)
     finally: temporary.unlink(missing_ok=True)
 
