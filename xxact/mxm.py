@@ -79,7 +79,7 @@ def window_errors(
     "Summed squared error of each material's scored windows, and the number of points."
     return (((predicted - truth) ** 2).mean(2) * scored).sum(1), scored.sum(1)
 
-# %% ../nbs/07_mxm.ipynb #d924a925
+# %% ../nbs/07_mxm.ipynb #c5e1cb72
 class TrivialPredictors:
     "Zero, mean and nearest training pattern."
 
@@ -92,6 +92,7 @@ class TrivialPredictors:
         index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:at_most]]
         self.library = torch.cat([window_pattern(data.batch(i).reflections).half() for i in index.split(512)])
         self.mean = self.library.float().mean(0)
+        self.mean_error = float(((self.library.float() - self.mean) ** 2).mean())  # of the mean pattern, the unit of the MXM loss
 
     def predict(
         self,

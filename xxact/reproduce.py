@@ -210,7 +210,7 @@ def wanted_targets(
 
 DEFAULT_TARGETS = ("formation_energy_per_atom", "band_gap", "lattice_energy_per_atom", "volume_per_atom")
 
-# %% ../nbs/12_reproduce.ipynb #bd02b39e
+# %% ../nbs/12_reproduce.ipynb #50b07972
 class Run:
     "The folder of one run."
 
@@ -241,7 +241,7 @@ class Run:
         "Write the results, last of all; the state for resuming is no longer needed."
         results = dict(id=self.id, **metrics, seconds=round(seconds, 1), data=self.fingerprint, recipe=RECIPE, **self.provenance)
         _write_json(self.folder / "results.json", results)
-        (self.folder / "state.pt").unlink(missing_ok=True)
+        for name in ("state.pt", "previous_state.pt"): (self.folder / name).unlink(missing_ok=True)
         return results
 
 
@@ -306,7 +306,7 @@ def _check_sides(data: MaterialSet) -> None:
         if not len(data.indices(side)):
             raise ValueError(f"none of the {len(data)} materials falls on the {side} side of the split; more compositions are needed")
 
-# %% ../nbs/12_reproduce.ipynb #7e09db24
+# %% ../nbs/12_reproduce.ipynb #f5a6af10
 def pretrain(
     data: MaterialSet,
     folder: Path,  # runs/<experiment>
@@ -331,8 +331,7 @@ def pretrain(
     index, held_out = data.indices("train"), data.indices("val")
     torch.manual_seed(seed)
     trivial = TrivialPredictors(data, index)
-    mean_error = float(((trivial.library.float() - trivial.mean) ** 2).mean())
-    objective = Pretraining(XxaCT(size, fusion=fusion, tokeniser=tokeniser), mean_error, mxm_weight, contrastive_weight, mask_share)
+    objective = Pretraining(XxaCT(size, fusion=fusion, tokeniser=tokeniser), trivial.mean_error, mxm_weight, contrastive_weight, mask_share)
     run.start()
     started = time.monotonic()
     train(objective, data, index, run.folder, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, device=device,
@@ -341,7 +340,7 @@ def pretrain(
     save_model(objective.model, run.folder / "model.safetensors")
     rest = {k: v.cpu().contiguous() for k, v in objective.state_dict().items() if not k.startswith("model.")}
     save_file(rest, run.folder / "heads.safetensors")
-    run.finish(seconds, materials=len(index), mean_pattern_error=mean_error, **pretraining_scores(objective, data, held_out, trivial))
+    run.finish(seconds, materials=len(index), mean_pattern_error=trivial.mean_error, **pretraining_scores(objective, data, held_out, trivial))
     return run
 
 
