@@ -423,3 +423,33 @@ def test_dense_lines_do_not_make_a_chain():
     d, _ = reflections(lattice, [[0, 0, 0], [0.21, 0.37, 0.43]], [29, 8], d_min=1.2, weakest=0)
     gap = -np.diff(d) / d[1:]
     assert gap[d[1:] < 1.5].max() < 5e-5  # no hole where a chain was drawn together
+
+
+@pytest.mark.parametrize(("lists", "message"), [
+    ([([3., 2., 1.5], [1., .5]), ([2.5, 2.], [.7, .6, .5])], "differ in length"),
+    ([([3., 2.], [1., math.nan])], "both finite"),
+    ([([3., math.nan], [1., .5])], "both finite"),
+    ([([3., -2.], [1., .5])], "positive"),
+    ([([2., 3.], [1., .5])], "descending"),
+    ([([3., 2.], [1., -.5])], "not negative"),
+    ([([3.], [1.]), ([], [])], "without reflections"),
+])
+def test_lists_that_are_no_reflections(lists, message):
+    with pytest.raises(ValueError, match=message): batch_reflections([tuple(np.array(a) for a in pair) for pair in lists])
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(fwhm=math.nan), "fwhm=nan"), (dict(fwhm=-1), "fwhm=-1"), (dict(monochromator=math.nan), "monochromator=nan"), (dict(points=0), "points=0"),
+    (dict(intensity=torch.zeros(1, 2000)), "positive intensity"), (dict(intensity=-torch.ones(1, 2000)), "positive intensity"),
+])
+def test_grids_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        to_grid(**dict(two_theta=torch.linspace(5, 90, 2000), intensity=torch.ones(1, 2000)) | changes)
+
+
+def test_a_jump_between_two_scans_is_not_measured():
+    two_theta = torch.cat([torch.linspace(5, 30, 1000), torch.linspace(50, 90, 1000)])
+    measured = to_grid(two_theta, torch.ones(1, 2000)).measured[0]
+    whole = to_grid(torch.linspace(5, 90, 2000), torch.ones(1, 2000)).measured[0]
+    assert whole.all() and 0 < measured.sum() < len(measured) - 3
+    assert to_grid(torch.linspace(10, 80, 5), torch.ones(1, 5)).measured.sum() == 0

@@ -218,9 +218,9 @@ def test_a_table_with_hashes_parses_no_formula(tmp_path, monkeypatch):
 
 
 def test_licence_travels(tmp_path):
-    write_table(TABLE[:20], tmp_path / "a.parquet", d_min="1.05", licence="mp: CC BY 4.0; wbm: CC BY 4.0", version="1")
-    write_table(TABLE[20:], tmp_path / "b.parquet", d_min="1.05", licence="wbm: CC BY 4.0; own: none", version="2")
-    expected = {"d_min": "1.05", "licence": "mp: CC BY 4.0; wbm: CC BY 4.0; own: none", "version": "1; 2"}
+    write_table(TABLE[:20], tmp_path / "a.parquet", d_min="1.05", licence="mp: CC BY 4.0\nwbm: MIT; data CC BY 4.0", version="1")
+    write_table(TABLE[20:], tmp_path / "b.parquet", d_min="1.05", licence="wbm: MIT; data CC BY 4.0\nown: none", version="2")
+    expected = {"d_min": "1.05", "licence": "mp: CC BY 4.0\nwbm: MIT; data CC BY 4.0\nown: none", "version": "1\n2"}
     data = MaterialSet.open(tmp_path)
     data.save(tmp_path / "set.safetensors")
     MaterialSet.from_table(read_table(tmp_path), metadata=table_metadata(tmp_path)).save(tmp_path / "other.safetensors")

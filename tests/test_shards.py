@@ -162,6 +162,7 @@ def test_a_cluster_that_loses_a_worker_makes_the_same_table(raw, undisturbed, tm
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         while not list((tmp_path / "out").glob(".*.parts")) and prepare.poll() is None: time.sleep(0.01)
         processes[1].send_signal(signal.SIGKILL)
+        processes[1].wait()
         output, _ = prepare.communicate(timeout=300)
     finally:
         for process in processes: process.kill()
@@ -173,29 +174,35 @@ def test_a_cluster_that_loses_a_worker_makes_the_same_table(raw, undisturbed, tm
 # --- the record parser --------------------------------------------------------------------------------------------------------------
 
 
-def books(path):
-    """Entries, rows and rejects of a file, whatever is in it; until it breaks."""
-    entries = list(S.read_source(path))
-    results = S.prepare_chunk(entries, 1.05)
-    assert len(results) == len(entries)
-    assert all(("reason" in item) != ("d_spacing" in item) for item, _ in results)
-    return results
+def prepared(path):
+    """Rows and rejects of a file, whatever is in it, by way of the table on disk."""
+    out = path.with_name("table.parquet")
+    try: summary = S.prepare([path], out, workers=1, progress=False)
+    except ValueError as error:
+        assert "no material could be prepared" in str(error) and "\n" not in str(error)
+        return [], pl.read_parquet(path.with_name("table.rejects.parquet")).to_dicts()
+    rows, rejects = pl.read_parquet(out).to_dicts(), pl.read_parquet(path.with_name("table.rejects.parquet")).to_dicts()
+    assert summary["entries"] == len(rows) + len(rejects)
+    return rows, rejects
 
 
 @real
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.data())
-def test_bit_flips_in_real_records(tmp_path_factory, data):
+def test_a_flipped_bit_in_a_real_record_costs_that_record_alone(tmp_path_factory, data):
     text = bytearray((Path(os.environ["XXACT_REAL_DATA"]) / "alexandria/alexandria_sample.json").read_bytes())
-    for at in data.draw(st.lists(st.integers(0, 8 * len(text) - 1), min_size=1, max_size=3)): text[at // 8] ^= 1 << at % 8
+    starts = [m.start() for m in S.ENTRY.finditer(text.decode())] + [text.rindex(b"]")]
+    hit = data.draw(st.integers(0, 2))
+    at = data.draw(st.integers(8 * starts[hit], 8 * (starts[hit + 1] - 2 * (hit < 2)) - 1))  # not the comma between two
     path = tmp_path_factory.mktemp("flip") / "a.json"
     path.write_bytes(text)
-    try: S.recognise(path)
-    except ValueError: return  # the very first byte
-    results = books(path)
-    assert len(results) >= 1
-    untouched = sum("d_spacing" in item for item, _ in results)
-    assert untouched >= 1 or any("broken file" in item.get("reason", "") for item, _ in results) or len(results) >= 3
+    whole, _ = prepared(path)
+    path.with_name("table.parquet").unlink()
+    text[at // 8] ^= 1 << at % 8
+    path.write_bytes(text)
+    rows, rejects = prepared(path)
+    for i in {0, 1, 2} - {hit}: assert whole[i] in rows
+    assert len(rows) == 3 or rejects
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -216,7 +223,50 @@ def test_entries_of_any_shape(tmp_path_factory, data):
     place[keys[-1]] = data.draw(anything)
     path = tmp_path_factory.mktemp("any") / "a.json"
     path.write_text(json.dumps({"entries": [entry, data.draw(anything)]}))
-    assert len(books(path)) == 2
+    assert sum(map(len, prepared(path))) == 2
+
+
+@pytest.mark.parametrize(("text", "entries", "broken"), [
+    ('{"entries": [E, E]}', 2, False),
+    ('{"entries": [E, {"@module": "m" "broken"}]}', 2, True),  # what is behind the last damaged one, nobody knows
+    ('{"entries": [E, {"@module": "m", "n": N}, E]}', 3, False),  # a number of thousands of digits
+    ('{"entries": [E, [[[[, E]}', 3, False),
+    ('{"entries": [E, B, E]}', 3, False),  # brackets without end
+    ('{"entries": [E]}{"entries": [E]}', 2, True),  # two files in one
+    ('{"entries": [E}], E]}', 2, False),
+    ('{"entries": [E, Z, E]}', 2, True),  # zeros
+    ('{"entries": []}', 0, False),
+    ('{"entries": [E, ', 2, True),
+])
+def test_damage_of_many_kinds(text, entries, broken, tmp_path):
+    one = lambda i: json.dumps({"@module": "m", "@class": "ComputedStructureEntry", "data": {"mat_id": f"a{i}"}})
+    for i in range(text.count("E")): text = text.replace("E", one(i).replace("E", "€"), 1)
+    text = text.replace("€", "E").replace("N", "1" * 5000).replace("B", "[" * 10_000).replace("Z", "\0" * 2**21)
+    (tmp_path / "a.json").write_text(text)
+    items = list(S.read_source(tmp_path / "a.json"))
+    assert len(items) == entries and any("broken file" in item["reason"] for item in items) == broken
+
+
+def test_odd_identifiers_and_space_groups_are_stored(tmp_path):
+    write_alexandria(read_records("prototypes:5"), tmp_path / "a.json", 3)
+    document = json.loads((tmp_path / "a.json").read_text())
+    for entry, spg, name in zip(document["entries"], (225.0, True, 10**30), ("\ud800", "a\nb", 7)): entry["data"] |= {"spg": spg, "mat_id": name}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    rows, rejects = prepared(tmp_path / "a.json")
+    assert [row["material_id"] for row in rows] == ["?", "a b", "7"] and not rejects
+
+
+def test_shards_made_at_different_times_keep_each_material_once(tmp_path):
+    records = read_records("prototypes:15")
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    write_alexandria(records[:10], raw / "a.json", 10)
+    write_alexandria(records, raw / "b.json", 15)  # the same ten, and five more
+    for file in ("a.json", "b.json"): S.prepare([raw / file], out, workers=1, progress=False)
+    rows = lambda: sum(pl.read_parquet(out / f"{name}.parquet").height for name in "ab")
+    assert rows() == 15
+    write_alexandria(records[:4], raw / "a.json", 4)  # what b lost to a comes back
+    assert S.prepare([raw], out, workers=1, progress=False)["rows"] == rows() == 15
 
 
 @settings(max_examples=60, deadline=None)

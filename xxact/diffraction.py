@@ -144,7 +144,7 @@ def _box_reflections(
     friedel = np.where(hkl >= len(k) * len(l), np.float32(2), np.float32(1))  # h > 0 stands for its Friedel mate; h = 0 holds both
     return row, g, (total.real**2 + total.imag**2) * friedel * np.exp(-b_iso / 2 * g**2)
 
-# %% ../nbs/01_diffraction.ipynb #a93e3a3e
+# %% ../nbs/01_diffraction.ipynb #eac7bb9f
 D_MIN, D_MAX = 1.05, 60.0  # Å, the stored range: 1.05 Å is the end of 5-90° at Cu Kα
 WEAKEST = 1e-4  # a reflection is dropped when I·d² is below this share of its maximum; d² is the Lorentz factor up to a bounded term
 EQUAL = 3e-6  # reflections whose neighbours are closer than this share of d are one; a group is at most four times as wide
@@ -231,7 +231,7 @@ def _as_arrays(c: Crystal) -> Crystal:
 def _check_crystals(crystals: list[Crystal], d_min: float, d_max: float, b_iso: float, weakest: float) -> None:
     if not crystals: raise ValueError("no crystals were given")
     if not 0 < d_min < d_max < math.inf: raise ValueError(f"0 < d_min < d_max is needed, not {d_min:g} and {d_max:g} Å")
-    if not (0 <= weakest < 1 and 0 <= b_iso < math.inf): raise ValueError(f"weakest={weakest:g} must be in [0, 1) and b_iso={b_iso:g} not negative")
+    if not (0 <= weakest < 1 and 0 <= b_iso <= 100): raise ValueError(f"weakest={weakest:g} must be in [0, 1) and b_iso={b_iso:g} in [0, 100]")
     counts = np.array([[len(a) for a in (c.atomic_numbers, c.frac_coords, c.occupancies)] for c in crystals])
     _refuse(counts[:, 0] == 0, "a structure without atoms has no reflections")
     _refuse((counts != counts[:, :1]).any(1), "atoms, positions and occupancies differ in number")
@@ -294,7 +294,7 @@ def lorentz_polarisation(
     lp = (1 + (math.cos(math.radians(monochromator)) * cos_2theta) ** 2) / (sin2 * (1 - sin2).clamp(min=1e-12).sqrt())
     return torch.where(sin2 < 1, lp, 0.0)
 
-# %% ../nbs/01_diffraction.ipynb #c47875a2
+# %% ../nbs/01_diffraction.ipynb #df5656ba
 class Reflections(NamedTuple):
     "Reflections of a batch, one after the other, d descending within a material."
 
@@ -307,11 +307,17 @@ class Reflections(NamedTuple):
 def batch_reflections(
     lists: list[tuple[np.ndarray, np.ndarray]],  # (d_spacing (m,) Å, intensity (m,)) of each material
 ) -> Reflections:
-    "Ragged batch of reflection lists. Raises `ValueError` for an empty list."
+    "Ragged batch of reflection lists. Raises `ValueError` for one that is empty, not in order, or no numbers."
     counts = [len(d) for d, _ in lists]
     if not lists or min(counts) == 0: raise ValueError("a material without reflections cannot be drawn; widen its d range")
+    if differ := [i for i, (d, y) in enumerate(lists) if len(d) != len(y)]:
+        raise ValueError(f"material {differ[0]}: d_spacing and intensity differ in length")
     d, intensity = (torch.as_tensor(np.concatenate(a), dtype=torch.float32) for a in zip(*lists, strict=True))
-    return Reflections(d.log(), intensity, torch.repeat_interleave(torch.arange(len(lists)), torch.tensor(counts)), len(lists))
+    row = torch.repeat_interleave(torch.arange(len(lists)), torch.tensor(counts))
+    bad = ~((d > 0) & d.isfinite() & (intensity >= 0) & intensity.isfinite())
+    bad[1:] |= (d[1:] > d[:-1]) & (row[1:] == row[:-1])
+    if bad.any(): raise ValueError(f"material {int(row[bad][0])}: d_spacing must be positive and descending, intensity not negative, both finite")
+    return Reflections(d.log(), intensity, row, len(lists))
 
 # %% ../nbs/01_diffraction.ipynb #989a4525
 def _gaussian(
@@ -710,7 +716,7 @@ def _background(angle: Tensor, m: Measurement, generator: torch.Generator) -> Te
     hump = torch.exp(-4 * math.log(2) * ((angle - centre[:, None]) / fwhm[:, None]) ** 2)
     return y * (m.background[:, None] / y.amax(1, keepdim=True).clamp(min=1e-6)) + m.hump[:, None] * hump
 
-# %% ../nbs/01_diffraction.ipynb #b684ef02
+# %% ../nbs/01_diffraction.ipynb #e02a8716
 class Grid(NamedTuple):
     "Measured patterns as the model's windows."
 
@@ -731,6 +737,8 @@ def to_grid(
     two_theta = torch.as_tensor(two_theta).double()
     device, intensity = two_theta.device, torch.atleast_2d(torch.as_tensor(intensity)).double()
     if not (0 < wavelength < math.inf): raise ValueError(f"the wavelength must be positive, not {wavelength:g} Å")
+    if not (0 <= fwhm < math.inf and 0 <= monochromator < 180 and points >= 1):
+        raise ValueError(f"fwhm={fwhm:g} must not be negative, monochromator={monochromator:g} within 0 to 180°, points={points} at least 1")
     if two_theta.ndim != 1 or len(two_theta) < 2 or intensity.shape[1:] != two_theta.shape:
         raise ValueError(f"angles {tuple(two_theta.shape)} and intensities {tuple(intensity.shape)} must be (k,) and (n, k), k at least 2")
     if not ((two_theta.diff() > 0).all() and 0 < two_theta[0] and two_theta[-1] < 180): raise ValueError("2θ must rise within 0 to 180°")
@@ -738,7 +746,7 @@ def to_grid(
     d = wavelength / (2 * sin)
     ln_q = (2 * math.pi / d).log()
     known = intensity.isfinite()
-    if not known.any(1).all(): raise ValueError("a pattern has no measured point")
+    if not len(known) or not (known & (intensity > 0)).any(1).all(): raise ValueError("a pattern has no point with a positive intensity")
     if ln_q[-1] <= LN_Q[0] or ln_q[0] >= LN_Q[1]:
         raise ValueError(f"nothing measured within the model's range, q = {math.exp(LN_Q[0]):.2f} to {math.exp(LN_Q[1]):.2f} Å⁻¹")
     span = known.double()
@@ -757,7 +765,8 @@ def to_grid(
         density = density[:, : N_WINDOWS * points]
     inside = (edges[:-1] >= ends[:, :1]) & (edges[1:] <= ends[:, 1:])
     gaps = torch.lerp(*((~known).double().cumsum(1)[:, j] for j in (i - 1, i)), share).diff(dim=1) > 0
-    measured = (inside & ~gaps).view(len(y), N_WINDOWS, points).all(2)
+    wide = (ln_q.diff() > WINDOW / 2)[i - 1]  # too far apart to have seen a peak in between
+    measured = (inside & ~gaps & ~(wide[1:] | wide[:-1])).view(len(y), N_WINDOWS, points).all(2)
     y = (density.clamp(min=0).view(len(y), N_WINDOWS, points) * measured[..., None]).flatten(1)
     y = (y / y.amax(1, keepdim=True).clamp(min=1e-30)).sqrt()
     return Grid(y.view(len(y), N_WINDOWS, points).float(), measured, ends.clamp(*LN_Q).float())

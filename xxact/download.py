@@ -108,7 +108,7 @@ def find_kept(
     add_to_manifest(path.parent, found)
     return found
 
-# %% ../nbs/04b_download.ipynb #1681ecf2
+# %% ../nbs/04b_download.ipynb #41fd0ae6
 TIMEOUT = 30.0  # s without a byte
 LONGEST = 600.0  # s: longest wait for which it is worth staying
 ENCODED = ("gzip", "deflate", "br", "zstd")  # encodings of the answer; bzip2 is only what some servers call a .bz2 file
@@ -154,7 +154,7 @@ def read_state(
     "What is known of a part file; nothing, where it is of another address or cannot be told from another version."
     try: state = json.loads(Path(f"{part}.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError): return 0, {}
-    if state.get("url") != url or not state.get("mark") or not part.exists(): return 0, {}
+    if not isinstance(state, dict) or state.get("url") != url or not state.get("mark") or not part.exists(): return 0, {}
     return part.stat().st_size, state
 
 
@@ -290,7 +290,7 @@ def terms(
     licence, citation = SOURCES[DOWNLOADS[source][1]]
     return f"licence: {licence}; cite {citation}"
 
-# %% ../nbs/04b_download.ipynb #c97e582c
+# %% ../nbs/04b_download.ipynb #804155b5
 def parse_files(
     text: str,  # numbers and ranges, for example 0-3 or 0,2,5-7
 ) -> list[int]:  # sorted
@@ -320,13 +320,17 @@ def alexandria(
     numbers = count() if files is None else parse_files(files)
     address = "/".join(filter(None, [(base_url or DOWNLOADS["alexandria"][0]).rstrip("/"), functional, snapshot]))
     folder, paths = Path(dest, "alexandria", functional, snapshot), []
+    missing = None
     for number in numbers:
         path = folder / f"{stem}_{number:03d}.json.bz2"
         try: fetch(f"{address}/{path.name}", path, **options)
         except DownloadFailed as e:
             if files is not None or not paths: raise
-            if e.status == 404: break
-            raise DownloadFailed(f"{e}; --files 0-{number - 1} takes the {number} files that are there", e.status) from e
+            if e.status != 404: raise DownloadFailed(f"{e}; --files 0-{number - 1} takes the {number} files that are there", e.status) from e
+            if missing is not None: break  # two in a row: that was the end
+            missing = path
+            continue
+        if missing is not None: raise DownloadFailed(f"{missing.name} is not on the server, though {path.name} is; fetch the rest with --files")
         paths.append(path)
     return paths
 

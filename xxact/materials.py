@@ -67,7 +67,7 @@ def write_table(
         temporary.replace(path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/03_materials.ipynb #49f50d8f
+# %% ../nbs/03_materials.ipynb #f619af14
 TablePath = str | Path | Sequence[str | Path]  # a Parquet file, a folder of shards, or a list of such
 
 
@@ -82,6 +82,7 @@ def _reading(what: object) -> Iterator[None]:
 
 def _shards(path: TablePath) -> list[Path]:
     if not isinstance(path, str | Path): return [shard for p in path for shard in _shards(p)]
+    if not str(path): raise ValueError("path is empty; give a Parquet file or a folder of shards")
     path = Path(path)
     if not path.exists(): raise ValueError(f"{path} does not exist; `xxact prepare SOURCE --out {path}` makes a table")
     shards = sorted(p for p in path.glob("*.parquet") if not p.name.endswith(".rejects.parquet")) if path.is_dir() else [path]
@@ -94,19 +95,19 @@ def _name(path: TablePath) -> str: return str(path) if isinstance(path, str | Pa
 
 def table_metadata(
     path: TablePath,
-) -> dict[str, str]:  # licence, citation, versions …; what differs between shards is joined by "; "
+) -> dict[str, str]:  # licence, citation, versions …; what differs between shards is on lines of its own
     "Metadata of a table. Raises `ValueError` where its shards differ in `d_min`."
     import polars as pl
     parts: dict[str, dict[str, Path]] = {}  # name -> part -> the first shard that has it
     for shard in _shards(path):
         with _reading(f"{shard} is not a Parquet table"): metadata = pl.read_parquet_metadata(shard)
         for name, value in metadata.items():
-            for part in value.split("; "): parts.setdefault(name, {}).setdefault(part, shard)
+            for part in value.split("\n"): parts.setdefault(name, {}).setdefault(part, shard)
     parts.pop("ARROW:schema", None)
     if len(ranges := list(parts.get("d_min", {}).items())) > 1:
         (a, one), (b, other) = ranges[:2]
         raise ValueError(f"{one} has reflections down to d_min={a} Å, {other} down to {b} Å; prepare them with the same d_min")
-    return {name: "; ".join(p) for name, p in parts.items()}
+    return {name: "\n".join(p) for name, p in parts.items()}
 
 # %% ../nbs/03_materials.ipynb #319e6212
 def _typed(lf: "pl.LazyFrame") -> "pl.LazyFrame":

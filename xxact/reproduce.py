@@ -647,7 +647,7 @@ def conditions(
 
 BLOCKS = dict(results=results_table, changes=changes_table, conditions=conditions)
 
-# %% ../nbs/12_reproduce.ipynb #3cfd86c6
+# %% ../nbs/12_reproduce.ipynb #53216ac8
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `xxact`. Ends with 2 and one line for input that cannot work."
     parser = argparse.ArgumentParser("xxact", description="Crystal properties and symmetry from composition and powder XRD.")
@@ -696,7 +696,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as e: print(f"xxact: {' '.join(str(e).split())}", file=sys.stderr); return 2
     except NotebookFailed as e: print(f"xxact: {e}", file=sys.stderr); return 2 if e.bad_input else 1
     except RuntimeError as e: print(f"xxact: {e}", file=sys.stderr); return 1
-    except KeyboardInterrupt: print("xxact: interrupted; the same command goes on from the last checkpoint", file=sys.stderr); return 130
+    except KeyboardInterrupt: print("xxact: interrupted; the same command goes on from what is finished", file=sys.stderr); return 130
 
 
 def _help() -> str:
