@@ -398,7 +398,7 @@ def test_nothing_to_draw():
     (dict(wavelength=-1.0), "wavelength"),
     (dict(two_theta=torch.linspace(5, 190, 100)), "within 0 to 180"),
     (dict(intensity=torch.ones(1, 99)), "must be"),
-    (dict(intensity=torch.full((1, 100), math.nan)), "no measured point"),
+    (dict(intensity=torch.full((1, 100), math.nan)), "positive intensity"),
     (dict(wavelength=0.01), "within the model's range"),
 ])
 def test_bad_patterns(change, message):

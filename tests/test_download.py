@@ -502,6 +502,12 @@ def add_alexandria(site, numbers, folder="pbe/2025.07.02", stem="alexandria"):
     for i in numbers: site.files[f"/{folder}/{stem}_{i:03d}.json.bz2"] = bz2.compress(b'{"entries": [%d]}' % i)
 
 
+def test_a_gap_in_the_series_is_no_end(site, tmp_path):
+    add_alexandria(site, (0, 1, 3))
+    with pytest.raises(D.DownloadFailed, match="alexandria_002.json.bz2 is not on the server, though alexandria_003.json.bz2 is"):
+        D.alexandria(tmp_path, base_url=site.url, **QUICK)
+
+
 def test_alexandria_all(site, tmp_path):
     add_alexandria(site, range(3))
     site.plan = [serve, cut(10)]
@@ -511,7 +517,7 @@ def test_alexandria_all(site, tmp_path):
     assert list(D.read_manifest(paths[0].parent)) == [p.name for p in paths]
     site.asked.clear()
     assert D.alexandria(tmp_path, base_url=site.url, **QUICK) == paths
-    assert [a["path"] for a in site.asked] == ["/pbe/2025.07.02/alexandria_003.json.bz2"]
+    assert [a["path"] for a in site.asked] == [f"/pbe/2025.07.02/alexandria_00{i}.json.bz2" for i in (3, 4)]  # two that are not there are the end
 
 
 def test_alexandria_folder_is_ready_for_prepare(site, tmp_path):

@@ -336,6 +336,31 @@ def test_processes_give_the_same_table_in_the_same_order(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1.parquet", "1.rejects.parquet", "2.parquet", "2.rejects.parquet", "s.parquet"]
 
 
+@pytest.mark.parametrize(("old", "new", "reason"), [
+    ("0.5  0.5  0.5  1", "0.5  0.5  0.5  .", "occupancy not positive"),
+    ("0.5  0.5  0.5  1", "0.5  0.5  0.5  0.0", "occupancy not positive"),
+    ("0.5  0.5  0.5  1", "0.5  0.5  0.5  -0.5", "occupancy not positive"),
+    ("0.5  0.5  0.5  1", ".  0.5  0.5  1", "coordinate missing"),
+])
+def test_what_the_cif_parser_would_pass_over_is_refused(old, new, reason):
+    assert old in CIF
+    with pytest.raises(ValueError, match=reason): S.parse_cif(CIF.replace(old, new))
+    assert len(S.parse_cif(CIF.replace(old, "0.5  0.5  0.5  1.0(1)"))[2]) == 2
+
+
+def test_half_a_download_and_foreign_files_are_refused(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "alexandria_000.json").write_text(json.dumps(alexandria(2)))
+    (raw / "alexandria_001.json.bz2.part").write_bytes(b"BZh9")
+    with pytest.raises(ValueError, match="half a download"): S.prepare([raw], tmp_path / "out", workers=1, progress=False)
+    (tmp_path / "mine.parquet").write_text("hi")
+    pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "other.parquet")
+    for out, message in (("mine.parquet", "no Parquet file"), ("other.parquet", "not made by"), ("table.txt", "named like one")):
+        with pytest.raises(ValueError, match=message): S.prepare(["prototypes:3"], tmp_path / out, workers=1, progress=False)
+    assert (tmp_path / "mine.parquet").read_text() == "hi" and not (tmp_path / "table.txt").exists()
+
+
 def test_same_identifier_from_another_source_is_another_row(tmp_path):
     structures(4, source=["a", "b", "a", "a"]).with_columns(material_id=pl.Series(["x", "x", "x", "y"])).write_parquet(
         tmp_path / "s.parquet"
