@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxact import sources as S
 from xxact.bench import read_records, write_alexandria
+from xxact.reproduce import main
 
 XXACT = [sys.executable, "-m", "xxact.reproduce"]
 real = pytest.mark.skipif("XXACT_REAL_DATA" not in os.environ, reason="XXACT_REAL_DATA is not set")
@@ -135,6 +136,15 @@ def test_a_web_page_among_the_files_is_an_error_before_any_work(raw, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_read_is_one_line(raw, tmp_path, monkeypatch, capsys):
+    def refuse(folder): raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert main(["prepare", str(raw), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "Permission denied" in error and str(raw) in error and "\n" not in error
+
+
 def test_a_full_disk_leaves_finished_shards_and_nothing_half(raw, undisturbed, tmp_path):
     out = tmp_path / "out"
     S.prepare([raw / "alexandria_000.json.bz2"], out, workers=1, progress=False)
@@ -160,9 +170,11 @@ def test_a_cluster_that_loses_a_worker_makes_the_same_table(raw, undisturbed, tm
     try:
         prepare = subprocess.Popen([*XXACT, "prepare", str(raw), "--out", "out", "--scheduler", address], cwd=tmp_path,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        while not list((tmp_path / "out").glob(".*.parts")) and prepare.poll() is None: time.sleep(0.01)
+        at_work = f".*.{processes[1].pid}.*.parts"
+        while not list((tmp_path / "out").glob(at_work)) and prepare.poll() is None: time.sleep(0.01)
         processes[1].send_signal(signal.SIGKILL)
         processes[1].wait()
+        assert list((tmp_path / "out").glob(at_work)), "the worker had nothing to lose"
         output, _ = prepare.communicate(timeout=300)
     finally:
         for process in processes: process.kill()
