@@ -7,7 +7,7 @@ __all__ = ['NEARLY_SOLVED', 'REQUEUE', 'EXPLODED', 'RECIPE', 'Supervised', 'Pret
            'batch_indices', 'learning_rate', 'pick_device', 'Log', 'read_log', 'Terminated', 'gone_wrong', 'train',
            'averaged', 'Predictions', 'predict', 'main', 'launch', 'run_id']
 
-# %% ../nbs/09_trainer.ipynb #f97296a3
+# %% ../nbs/09_trainer.ipynb #41d6d9cc
 import argparse
 import hashlib
 import json
@@ -20,6 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -463,7 +464,7 @@ def predict(
         parts.append([model.in_units(out.targets), out.crystal_system.softmax(1), out.space_group.softmax(1)])
     return Predictions(*(torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True)))
 
-# %% ../nbs/09_trainer.ipynb #13b81f8f
+# %% ../nbs/09_trainer.ipynb #e2b3255b
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `python -m xxact.trainer`. Ends with 2 and one line for input that cannot work, with 75 after a SIGTERM."
     parser = argparse.ArgumentParser("python -m xxact.trainer", description="Train from the file of a MaterialSet; with torchrun on several GPUs.")
@@ -474,14 +475,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--modalities", default="both", help="both, composition or xrd (default: both)")
     for name, value, text in (("size", "small", "nano, small, base or large"), ("epochs", 8, ""), ("batch-size", 64, "of all processes together"),
                               ("lr", 0.0, "0: that of the size"), ("seed", 0, ""), ("device", "auto", "auto, cpu or cuda"),
-                              ("log-every", 20, "steps"), ("checkpoint-every", 60.0, "seconds")):
+                              ("log-every", 20, "steps"), ("checkpoint-every", 60.0, "seconds"),
+                              ("timeout", 10.0, "minutes that processes wait for one another before all are started again")):
         parser.add_argument(f"--{name}", default=value, type=type(value), help=f"{text}{'; ' if text else ''}default: {value}")
     a = parser.parse_args(arguments)
     try:
         device = pick_device(a.device)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if device.type == "cuda": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=a.timeout))
         _train_from_file(a, device)
         return 0
     except (ValueError, RuntimeError, OSError) as e:
@@ -518,7 +520,7 @@ def launch(
 ) -> None:
     "Train on several GPUs of this machine. Raises `subprocess.CalledProcessError` where that fails."
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, "--max-restarts", restarts, "-m", "xxact.trainer", *arguments]
-    subprocess.run([sys.executable, *map(str, command)], check=True)
+    subprocess.run([sys.executable, *map(str, command)], check=True, env={"GLOO_SOCKET_IFNAME": "lo"} | os.environ)  # lo: stay on this machine
 
 # %% ../nbs/09_trainer.ipynb #2e0d097a
 RECIPE = 3  # 2: perturbed reflections are put in order again before peaks are merged; 3: sum of log losses
