@@ -453,3 +453,16 @@ def test_a_jump_between_two_scans_is_not_measured():
     whole = to_grid(torch.linspace(5, 90, 2000), torch.ones(1, 2000)).measured[0]
     assert whole.all() and 0 < measured.sum() < len(measured) - 3
     assert to_grid(torch.linspace(10, 80, 5), torch.ones(1, 5)).measured.sum() == 0
+
+
+@pytest.mark.parametrize("two_theta", [(33, 40), (33, 42), (20, 25), (15, 26), (58, 64), (36.8, 39)])
+@pytest.mark.parametrize("n_points", [200, 4096, 20_000])
+def test_where_no_line_is_near_there_is_nothing(two_theta, n_points):
+    salt = Structure.from_spacegroup(225, Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [.5, .5, .5]])
+    drawn = render(batch_reflections([structure_reflections(salt)]), "ideal", two_theta=two_theta, n_points=n_points)
+    assert (drawn.intensity == 0).all()
+
+
+def test_arrays_of_another_shape_or_kind():
+    for shape, z, message in (((3, 2), [55, 17], "must be"), ((2, 3), [11.7, 17], "whole"), ((2, 3), ["Na", "Cl"], "whole")):
+        with pytest.raises(ValueError, match=message): reflections(np.eye(3) * 4, np.zeros(shape), z)

@@ -341,11 +341,25 @@ def test_processes_give_the_same_table_in_the_same_order(tmp_path):
     ("0.5  0.5  0.5  1", "0.5  0.5  0.5  0.0", "occupancy not positive"),
     ("0.5  0.5  0.5  1", "0.5  0.5  0.5  -0.5", "occupancy not positive"),
     ("0.5  0.5  0.5  1", ".  0.5  0.5  1", "coordinate missing"),
+    ("  Cl  Cl1", "  OH  Cl1", "unknown element: 'OH'"),
+    ("  Cl  Cl1", "  2H  Cl1", "unknown element: '2H'"),
+    ("  Cl  Cl1", "  Va  Cl1", "unknown element: 'Va'"),
+    ("  Cl  Cl1", "  Uuo  Cl1", "unknown element: 'Uuo'"),
+    ("  Cl  Cl1  0.5  0.5  0.5  1\n", "", "atoms differ from the stated formula"),
 ])
 def test_what_the_cif_parser_would_pass_over_is_refused(old, new, reason):
-    assert old in CIF
-    with pytest.raises(ValueError, match=reason): S.parse_cif(CIF.replace(old, new))
-    assert len(S.parse_cif(CIF.replace(old, "0.5  0.5  0.5  1.0(1)"))[2]) == 2
+    cif = CIF.replace("_cell_length_a", "_chemical_formula_sum 'Cs1 Cl1'\n_cell_length_a")
+    assert old in cif
+    with pytest.raises(ValueError, match=reason): S.parse_cif(cif.replace(old, new))
+    for good in (cif, cif.replace("0.5  1\n", "0.5  1.0(1)\n"), cif.replace("  Cl  Cl1", "  Cl1-  Cl1").replace("  Cs  Cs0", "  Cs+  Cs0")):
+        assert S.parse_cif(good)[2].tolist() == [55, 17]
+
+
+def test_a_damaged_parquet_file_is_one_line(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(range(256)) * 8)
+    with pytest.raises(ValueError, match="a damaged Parquet file") as caught:
+        S.prepare([tmp_path / "a.parquet"], tmp_path / "t.parquet", progress=False)
+    assert "\n" not in str(caught.value)
 
 
 def test_half_a_download_and_foreign_files_are_refused(tmp_path):

@@ -144,7 +144,7 @@ def _box_reflections(
     friedel = np.where(hkl >= len(k) * len(l), np.float32(2), np.float32(1))  # h > 0 stands for its Friedel mate; h = 0 holds both
     return row, g, (total.real**2 + total.imag**2) * friedel * np.exp(-b_iso / 2 * g**2)
 
-# %% ../nbs/01_diffraction.ipynb #eac7bb9f
+# %% ../nbs/01_diffraction.ipynb #6e1a54f5
 D_MIN, D_MAX = 1.05, 60.0  # Å, the stored range: 1.05 Å is the end of 5-90° at Cu Kα
 WEAKEST = 1e-4  # a reflection is dropped when I·d² is below this share of its maximum; d² is the Lorentz factor up to a bounded term
 EQUAL = 3e-6  # reflections whose neighbours are closer than this share of d are one; a group is at most four times as wide
@@ -223,9 +223,12 @@ def reflections(
 
 
 def _as_arrays(c: Crystal) -> Crystal:
-    z = np.asarray(c.atomic_numbers, int)
+    z, x = np.asarray(c.atomic_numbers), np.asarray(c.frac_coords, float)
+    if x.ndim > 1 and x.shape[1:] != (3,): raise ValueError(f"fractional coordinates must be (n, 3), not {x.shape}")
+    if z.size and (z.dtype.kind not in "iuf" or (z != np.rint(z)).any()): raise ValueError(f"atomic numbers must be whole numbers, not {z[:3]} …")
+    z = z.astype(int)
     occupancies = np.ones(len(z)) if c.occupancies is None else np.asarray(c.occupancies, float)
-    return Crystal(np.asarray(c.lattice, float).reshape(3, 3), np.asarray(c.frac_coords, float).reshape(-1, 3), z, occupancies)
+    return Crystal(np.asarray(c.lattice, float).reshape(3, 3), x.reshape(-1, 3), z, occupancies)
 
 
 def _check_crystals(crystals: list[Crystal], d_min: float, d_max: float, b_iso: float, weakest: float) -> None:
@@ -573,7 +576,7 @@ def _needed(generator: torch.Generator | None, what: str) -> torch.Generator:
     if generator is None: raise ValueError(f"{what} is random; give a generator")
     return generator
 
-# %% ../nbs/01_diffraction.ipynb #c6dc47a2
+# %% ../nbs/01_diffraction.ipynb #653a8a50
 _NODES, _MARGIN = 256, 5.0  # of the bent axis: nodes within the grid; degrees beyond each end within which peaks are drawn
 NARROWEST = 2.5  # steps of the grid; a narrower peak is drawn this wide
 _TRANSFORMS = dict(none=lambda y: y, sqrt=torch.sqrt, log=lambda y: torch.log1p(1e3 * y) / math.log1p(1e3))
@@ -686,8 +689,7 @@ def _patterns(r: Reflections, m: Measurement, low: float, high: float, n_points:
     cell, weights = _spline(at)
     read = sum(weight.mul_(y[:, i : canvas_size - 2 + i].gather(1, cell)) for i, weight in enumerate(weights))
     read.mul_(slope)
-    heaviest = torch.zeros(n, device=device).scatter_reduce_(0, r.row, r.intensity, "amax")
-    return torch.where(read > 1e-7 * heaviest[:, None], read, 0.0)  # below is the noise of the transform
+    return torch.where(read > 1e-6 * y.amax(1, keepdim=True) * slope, read, 0.0)  # below is the noise of the transform
 
 
 def _spline(at: Tensor) -> tuple[Tensor, list[Tensor]]:

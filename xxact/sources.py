@@ -304,7 +304,7 @@ def material_row(
     checked = check_record(record, d_min)
     return make_row(record, checked, *crystal_reflections([checked.crystal], d_min)[0])
 
-# %% ../nbs/04_sources.ipynb #ef96b9f1
+# %% ../nbs/04_sources.ipynb #b7f8130e
 CELL_LENGTHS = ("_cell_length_a", "_cell_length_b", "_cell_length_c")
 
 
@@ -336,6 +336,13 @@ def parse_cif(
         symbols = block.get("_atom_site_type_symbol") or block.get("_atom_site_label", [])
         if any(re.match(r"[DT](?![a-z])", symbol) for symbol in symbols):
             raise ValueError("deuterium or tritium: the parser would call it hydrogen")
+        for symbol in block.get("_atom_site_type_symbol", []):  # of others, the parser takes a part, or nothing
+            if not (found := re.fullmatch(r"([A-Z][a-z]?)\d*[+-]?\d*", symbol)) or found[1] not in ATOMIC_NUMBER:
+                raise ValueError(f"unknown element: {symbol!r} is not an element symbol")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if amiss := parser.check(structures[0]):  # against the formula that the file states
+            raise ValueError(f"atoms differ from the stated formula: {amiss}")
     species = [(site.frac_coords, kind.symbol, occupancy) for site in structures[0] for kind, occupancy in site.species.items()]
     coordinates = np.array([place for place, *_ in species], float).reshape(-1, 3)
     numbers = np.array([symbol_to_number(symbol) for _, symbol, _ in species], int)
@@ -537,7 +544,7 @@ def open_text(
     """Open a text file by its suffix; bytes that are no text become �."""
     return {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8", errors="replace")
 
-# %% ../nbs/04_sources.ipynb #6f126619
+# %% ../nbs/04_sources.ipynb #b9c1050c
 RECOGNISED = (
     "a Parquet table of structures, a CSV with a `cif` column, a .cif file or a folder of them, "
     "Alexandria .json/.json.gz/.json.bz2 (or a folder of them), prototypes[:N[:SEED]]"
@@ -571,7 +578,10 @@ def recognise(
     if head.lstrip()[:1] == b"<":
         raise ValueError(f"{path}: a web page or XML, not data; if it was downloaded, the address gave a page instead of the file")
     if head[:4] == b"PAR1":
-        columns = set(pl.read_parquet_schema(path))
+        try:
+            columns = set(pl.read_parquet_schema(path))
+        except pl.exceptions.PolarsError as error:
+            raise ValueError(f"{path}: a damaged Parquet file ({str(error).splitlines()[0]}); if it was downloaded, fetch it again") from error
         if missing := {"material_id", "lattice", "frac_coords", "atomic_numbers"} - columns:
             prepared = " (it is already a material table)" if "d_spacing" in columns else ""
             raise ValueError(f"{path}: a Parquet table without {', '.join(sorted(missing))}{prepared}; recognised are {RECOGNISED}")
