@@ -59,10 +59,10 @@ def test_unknown_labels_weigh_nothing(data, modalities, fusion, tokeniser):
     some = batch.targets.clone()
     some[:4] = math.nan
     labels = torch.where(torch.arange(8) < 4, 0, batch.space_group)
-    losses = objective(batch._replace(targets=some, space_group=labels), draws(0, 0))
-    rest = objective(data.batch(torch.arange(4, 8)), draws(0, 0))
+    losses = objective(objective.prepare(batch._replace(targets=some, space_group=labels), draws(0, 0)))
+    rest = objective(objective.prepare(data.batch(torch.arange(4, 8)), draws(0, 0)))
     for k in losses: assert torch.allclose(losses[k], rest[k], atol=1e-4), k
-    nothing = objective(batch._replace(targets=some * math.nan, space_group=labels * 0), draws(0, 0))
+    nothing = objective(objective.prepare(batch._replace(targets=some * math.nan, space_group=labels * 0), draws(0, 0)))
     assert all(nothing[k] == 0 for k in nothing if k != "loss")
     nothing["loss"].backward()
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)

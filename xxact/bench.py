@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['read_records', 'read_crystals', 'bench_diffraction', 'one_core', 'seconds_of', 'write_alexandria', 'bench_prepare',
-           'record']
+           'bench_train', 'record']
 
-# %% ../nbs/14_bench.ipynb #ff8fcaed
+# %% ../nbs/14_bench.ipynb #b9d30671
 import bz2
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -17,17 +18,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from .diffraction import CU_KA, TWO_THETA, Crystal, batch_reflections, crystal_reflections, render
+from .fusion import XxaCT, choose
+from .materials import MaterialSet
 from .reproduce import provenance
+from .trainer import Feed, Prepared, Pretraining, Supervised, compile_objective, draws, pick_device, pick_precision, train
 
-# %% ../nbs/14_bench.ipynb #60295a23
+# %% ../nbs/14_bench.ipynb #cd33fc07
 def read_records(
     dataset: str,  # anything that `xxact prepare` reads
     source: str | None = None,  # which to keep of a table that has several
@@ -57,11 +62,12 @@ def bench_diffraction(
     from pymatgen.analysis.diffraction.xrd import XRDCalculator
     from pymatgen.core import Structure
 
+    device = str(pick_device(device))
     structures = [Structure(c.lattice, c.atomic_numbers, c.frac_coords) for c in crystals]
     calculator, d_min = XRDCalculator(CU_KA), CU_KA / 2 / np.sin(np.radians(TWO_THETA[1] / 2))  # the same reflections for both
     lists = crystal_reflections(crystals)  # the range that is stored
     batches = [batch_reflections(lists[i : i + 64]) for i in range(0, len(lists), 64)]
-    batches = [b._replace(ln_d=b.ln_d.to(device), intensity=b.intensity.to(device), row=b.row.to(device)) for b in batches]
+    batches = [b.to(torch.device(device)) for b in batches]
     generator = torch.Generator().manual_seed(0)
     draw = lambda: [render(b, "lab", generator=generator).intensity[0, 0] for b in batches][-1].item()  # .item() waits for the device
     draw()
@@ -162,7 +168,91 @@ def bench_prepare(
                 projected_core_hours_5m=round(5e6 * seconds / rows / 3600, 2), n_entries=n, n_rows=rows, mean_sites=round(float(sites), 1),
                 bytes_per_entry=round(size / n))
 
-# %% ../nbs/14_bench.ipynb #5db80d58
+# %% ../nbs/14_bench.ipynb #46e38fa8
+def bench_train(
+    data: MaterialSet,
+    task: str = "pretrain",  # pretrain or finetune
+    size: str = "base",
+    device: str = "auto",
+    batch_size: int = 0,  # 0: 4096 on a GPU, 64 on a CPU
+    steps: int = 0,  # in a round, of the trainer and of the reference; 0: 50 on a GPU, 4 on a CPU
+    rounds: int = 5,  # after a first one that does not count; medians are taken
+    precision: str = "auto",
+    compile: str = "auto",
+) -> dict[str, object]:
+    "Materials a second in training, as a ratio to the bare network. Raises `ValueError` for settings that cannot work."
+    choose("task", task, ("pretrain", "finetune"))
+    if min(batch_size, steps, rounds - 1) < 0:
+        raise ValueError(f"batch_size={batch_size} and steps={steps} must not be negative, rounds={rounds} at least 1")
+    where, index = pick_device(device), data.indices("train")
+    gpu, precision = where.type == "cuda", pick_precision(precision, where)
+    batch_size, steps = batch_size or (4096 if gpu else 64), steps or (50 if gpu else 4)
+    index = index.repeat(-(-batch_size * steps * (rounds + 1) // len(index)))[: batch_size * steps * (rounds + 1)]
+    wait = torch.cuda.synchronize if gpu else lambda: None
+
+    def objective() -> Pretraining | Supervised:
+        torch.manual_seed(0)
+        if task == "pretrain": return Pretraining(XxaCT(size), 0.01)  # the unit of the loss changes no speed
+        model = XxaCT(size, targets=data.target_names)
+        model.fit_scale(data.targets[data.indices("train")])
+        return Supervised(model)
+
+    trained, reference, feed = objective(), objective().to(where), Feed(data, lambda step: index[step * batch_size :][:batch_size], where, True)
+    prepare = lambda step: reference.prepare(feed(step), draws(1, step))
+    fixed, times, memory = prepare(0), dict(trainer=[], bare=[], prepare=[]), []
+    flops, optimiser = _flops(reference, fixed), torch.optim.AdamW(reference.parameters(), fused=True)
+    if compile == "on" or (compile == "auto" and gpu): compile_objective(reference, fixed, precision)
+
+    def bare() -> None:
+        with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"): loss = reference(fixed)["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    def repeated(what: Callable[[int], object]) -> float:
+        def all_of_them() -> None:
+            for i in range(steps): what(i)
+            wait()
+        return seconds_of(all_of_them) / steps
+
+    def pause() -> dict[str, float]:
+        "Ends a round of the trainer, and times the reference."
+        wait()
+        times["trainer"].append((time.perf_counter() - began[-1]) / steps)
+        memory.append(torch.cuda.max_memory_allocated(where) if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        times["bare"].append(repeated(lambda _: bare()))
+        times["prepare"].append(repeated(prepare))
+        began.append(time.perf_counter())
+        return {}
+
+    with tempfile.TemporaryDirectory() as folder:
+        began = [time.perf_counter()]
+        train(trained, data, index, folder, epochs=1, batch_size=batch_size, device=str(where), precision=precision, compile=compile,
+              evaluate=pause, eval_every=steps, description="bench")
+    step, ratio, share = (float(np.median(x[1:])) for x in (times["trainer"], np.divide(times["bare"], times["trainer"]),
+                                                            np.divide(times["prepare"], times["trainer"])))
+    peak = _matmul_peak(where, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return dict(bench="train", task=task, size=size, batch_size=batch_size, materials_per_s=round(batch_size / step, 1),
+                ratio_to_bare_step=round(ratio, 3), render_share=round(share, 4), mfu=round(flops / step / peak, 3),
+                peak_memory_mb=round(memory[0] / 2**20), projected_seconds_epoch_5m=round(5e6 / batch_size * step),
+                parameters=sum(p.numel() for p in trained.model.parameters()), precision=precision, compiled="compute" in reference.__dict__,
+                peak_tflops=round(peak / 1e12, 3), steps=steps, rounds=rounds, device=where.type)
+
+
+def _flops(objective: Pretraining | Supervised, batch: Prepared) -> int:
+    "Floating-point operations of matrix products and attention, forwards and backwards."
+    with FlopCounterMode(display=False) as counter: objective(batch)["loss"].backward()
+    objective.zero_grad()
+    return counter.get_total_flops()
+
+
+def _matmul_peak(device: torch.device, dtype: torch.dtype) -> float:  # operations a second
+    "The fastest of ten products of large matrices."
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(seconds_of(lambda: (a @ b)[0, 0].item()) for _ in range(10))
+
+# %% ../nbs/14_bench.ipynb #bc8c5bee
 def record(
     result: dict[str, object],
     folder: str | Path,  # figures/bench
@@ -170,6 +260,12 @@ def record(
     "Append a result with hardware and versions to the file of the day."
     path = Path(folder) / f"{result['bench']}-{date.today()}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    packages = {f"{name}_version": version(name) for name in ("numpy", "pymatgen")}
+    packages = {f"{name}_version": _version(name) for name in ("numpy", "pymatgen")}
     with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(result | packages | provenance()) + "\n")
     return path
+
+
+
+def _version(package: str) -> str:
+    try: return version(package)
+    except PackageNotFoundError: return "not installed"

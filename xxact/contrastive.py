@@ -52,7 +52,7 @@ def gathered(x: Tensor) -> Tensor:
     "Rows of all processes, in their order, with their gradients."
     return _Rows.apply(x) if processes()[1] > 1 else x
 
-# %% ../nbs/08_contrastive.ipynb #3c488707
+# %% ../nbs/08_contrastive.ipynb #0089950a
 def alignment_loss(
     a: Tensor,  # (n, w) unit vectors of one modality
     b: Tensor,  # (n, w) unit vectors of the other
@@ -63,7 +63,8 @@ def alignment_loss(
     every_a, every_b, every = gathered(a), gathered(b), gathered(composition)
     own = len(a) * processes()[0] + torch.arange(len(a), device=a.device)
     same = (composition[:, None] == every) & (own[:, None] != torch.arange(len(every), device=a.device))
-    to_b, to_a = ((scale * x @ y.T).masked_fill(same, -torch.inf) for x, y in ((a, every_b), (b, every_a)))
+    with torch.autocast(a.device.type, enabled=False):  # similarities differ by less than bf16 can tell
+        to_b, to_a = ((scale * x @ y.T).masked_fill(same, -torch.inf) for x, y in ((a, every_b), (b, every_a)))
     loss = (F.cross_entropy(to_b, own, reduction="sum") + F.cross_entropy(to_a, own, reduction="sum")) / 2
     return total(loss) / len(every), total((to_b.argmax(1) == own).float().sum()) / len(every)
 
@@ -81,11 +82,7 @@ class Alignment(nn.Module):
         "Unit vectors of both modalities."
         return tuple(F.normalize(p(pool(t)).float(), dim=-1) for p, t in zip(self.project, (composition, xrd), strict=True))
 
-    def forward(
-        self,
-        composition: Tokens,
-        xrd: Tokens,
-        keys: Tensor,  # (n,) int64, equal for equal compositions
-    ) -> tuple[Tensor, Tensor]:  # loss, share matched
-        "Loss of a batch."
-        return alignment_loss(*self.embed(composition, xrd), keys, self.log_scale.clamp(max=math.log(100)).exp())
+    @property
+    def scale(self) -> Tensor:
+        "The inverse temperature, at most 100."
+        return self.log_scale.clamp(max=math.log(100)).exp()

@@ -7,9 +7,9 @@ __all__ = ['D_MIN', 'D_MAX', 'WEAKEST', 'EQUAL', 'WAVELENGTHS', 'CU_KA', 'TWO_TH
            'WINDOW', 'WINDOW_FWHM', 'N_PEAKS', 'RESOLUTION', 'WEAKEST_PEAK', 'AUGMENTATIONS', 'Range', 'RADIUS',
            'MEASUREMENTS', 'NARROWEST', 'scattering_coefficients', 'scattering_factor', 'Crystal',
            'crystal_reflections', 'reflections', 'structure_reflections', 'two_theta_of', 'ln_q_of',
-           'lorentz_polarisation', 'Reflections', 'batch_reflections', 'draw', 'window_pattern', 'Peaks', 'peaks',
-           'hide', 'Augmentation', 'perturb', 'Measurement', 'draw_measurement', 'observe', 'Patterns', 'peak_shape',
-           'render', 'Grid', 'to_grid']
+           'lorentz_polarisation', 'upload', 'Reflections', 'batch_reflections', 'draw', 'window_pattern', 'Peaks',
+           'peaks', 'hide', 'Augmentation', 'perturb', 'Measurement', 'draw_measurement', 'observe', 'Patterns',
+           'peak_shape', 'render', 'Grid', 'to_grid']
 
 # %% ../nbs/01_diffraction.ipynb #05122e8f
 import math
@@ -297,7 +297,13 @@ def lorentz_polarisation(
     lp = (1 + (math.cos(math.radians(monochromator)) * cos_2theta) ** 2) / (sin2 * (1 - sin2).clamp(min=1e-12).sqrt())
     return torch.where(sin2 < 1, lp, 0.0)
 
-# %% ../nbs/01_diffraction.ipynb #df5656ba
+# %% ../nbs/01_diffraction.ipynb #c7bc4bc1
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    "Copy to a device; to a GPU without waiting for it."
+    if device.type != "cuda" or x.device.type == "cuda": return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 class Reflections(NamedTuple):
     "Reflections of a batch, one after the other, d descending within a material."
 
@@ -305,6 +311,10 @@ class Reflections(NamedTuple):
     intensity: Tensor  # (m,) |F|² × multiplicity
     row: Tensor  # (m,) place in the batch, ascending
     n: int  # number of materials in the batch
+
+    def to(self, device: torch.device) -> "Reflections":
+        "The same reflections on a device."
+        return Reflections(*(upload(x, device) for x in self[:3]), self.n)
 
 
 def batch_reflections(
@@ -371,7 +381,7 @@ def window_pattern(
              LN_Q[0] + step / 2, step, N_WINDOWS * points, fwhm)
     return (y / y.amax(1, keepdim=True).clamp(min=1e-12)).sqrt().view(r.n, N_WINDOWS, points)
 
-# %% ../nbs/01_diffraction.ipynb #6e6f85ca
+# %% ../nbs/01_diffraction.ipynb #288827a3
 N_PEAKS, RESOLUTION, WEAKEST_PEAK = 48, 0.02, 3e-3
 
 
@@ -393,7 +403,7 @@ def peaks(
 ) -> Peaks:
     "The peaks of lowest angle of each material within the model's range."
     device, n = r.ln_d.device, r.n
-    limits = torch.tensor(LN_Q, device=device).expand(n, 2)
+    limits = torch.stack([torch.full((n,), end, device=device) for end in LN_Q], 1)
     if measurement is not None: r, limits = _measure(r, measurement, generator)
     d, ln_q = r.ln_d.exp(), math.log(2 * math.pi) - r.ln_d
     y = r.intensity * lorentz_polarisation(d) * ((ln_q >= limits[r.row, 0]) & (ln_q <= limits[r.row, 1]))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOKENISERS', 'waves', 'geometric', 'Rotary', 'rotary', 'Block', 'Tokens', 'pool', 'CompositionEncoder', 'PeakTokens',
-           'PatchTokens', 'XRDEncoder']
+           'Patches', 'PatchTokens', 'XRDEncoder']
 
-# %% ../nbs/05_encoders.ipynb #4038124c
+# %% ../nbs/05_encoders.ipynb #dcf63e6a
 import math
 from typing import NamedTuple
 
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .composition import N_ELEMENTS, element_descriptors
-from .diffraction import LN_Q, N_PEAKS, N_WINDOWS, WINDOW, Peaks, Reflections, hide, peaks, window_pattern
+from .diffraction import LN_Q, N_PEAKS, N_WINDOWS, WINDOW, Peaks, Reflections, hide, peaks, upload, window_pattern
 
-# %% ../nbs/05_encoders.ipynb #03979fb0
+# %% ../nbs/05_encoders.ipynb #25534809
 def waves(
     x: Tensor,  # (...,)
     frequencies: Tensor,  # (k,) rad per unit of x
@@ -27,11 +27,11 @@ def waves(
     return torch.cat([phase.sin(), phase.cos()], -1)
 
 
-def geometric(low: float, high: float, n: int) -> Tensor:  # (n,) in the unit of low and high
+def geometric(low: float, high: float, n: int, device: torch.device | None = None) -> Tensor:  # (n,) in the unit of low and high
     "`n` frequencies from low to high in equal ratios."
-    return torch.exp(torch.linspace(math.log(low), math.log(high), n))
+    return torch.exp(torch.linspace(math.log(low), math.log(high), n, device=device))
 
-# %% ../nbs/05_encoders.ipynb #f4912d58
+# %% ../nbs/05_encoders.ipynb #8c865d24
 class Rotary(NamedTuple):
     "Cosines and sines by which the halves of each head are turned."
 
@@ -50,7 +50,7 @@ def rotary(
     head_width: int,
 ) -> Rotary:
     "Rotations for positions, 1 to 2000 rad per unit of ln q."
-    phase = position[:, None, :, None] * geometric(1, 2000, head_width // 2).to(position.device)
+    phase = position[:, None, :, None] * geometric(1, 2000, head_width // 2, position.device)
     return Rotary(phase.cos(), phase.sin())
 
 
@@ -128,7 +128,7 @@ class CompositionEncoder(nn.Module):
         for block in self.blocks: x = block(x, mask)
         return Tokens(self.norm(x), mask)
 
-# %% ../nbs/05_encoders.ipynb #d8dbd00c
+# %% ../nbs/05_encoders.ipynb #062312b6
 class PeakTokens(nn.Module):
     "Peaks as tokens, with the limits of the measurement as two more."
 
@@ -139,21 +139,29 @@ class PeakTokens(nn.Module):
         self.content = nn.Linear(2 * len(self.frequencies) + 3, width)
         self.limit = nn.Parameter(torch.randn(2, width) * 0.02)
 
-    def forward(
+    def see(
         self,
         r: Reflections,
         visible: Tensor | None = None,  # hidden reflections are gone already
-    ) -> Tokens:
-        "Tokens of the lowest peaks."
-        return self.tokens(peaks(r, self.n_peaks))
+    ) -> Peaks:
+        "The peaks of lowest angle."
+        return peaks(r, self.n_peaks)
 
-    def tokens(self, p: Peaks) -> Tokens:
-        "Tokens of a list of peaks, from whatever it was made."
+    def forward(self, p: Peaks) -> Tokens:
+        "Tokens of a list of peaks."
         ln_q = torch.cat([p.limits, p.ln_q], 1)
         i = F.pad(p.intensity, (2, 0))[..., None]
         x = self.content(torch.cat([waves(ln_q, self.frequencies), i, i.sqrt(), (i + 1e-4).log() / 9], -1))
         x = torch.cat([x[:, :2] + self.limit, x[:, 2:]], 1)
         return Tokens(x, F.pad(p.intensity > 0, (2, 0), value=True), ln_q)
+
+
+class Patches(NamedTuple):
+    "Parts of the √-intensity pattern, low ln q first."
+
+    pattern: Tensor  # (n, k, points)
+    place: Tensor  # (n, k) int64
+    mask: Tensor  # (n, k) bool, True where there is a patch
 
 
 class PatchTokens(nn.Module):
@@ -167,18 +175,21 @@ class PatchTokens(nn.Module):
         self.content = nn.Linear(points // 2, width)
         self.place = nn.Parameter(torch.randn(self.n, width) * 0.02)
 
-    def forward(
+    def see(
         self,
         r: Reflections,
-        visible: Tensor | None = None,  # (n, N_WINDOWS) bool; patches of other windows are dropped
-    ) -> Tokens:
-        "Tokens of the patches, low ln q first."
-        x = self.content(window_pattern(r, self.points, self.fwhm).view(r.n, self.n, -1)) + self.place
-        ln_q = self.ln_q.expand(r.n, -1)
-        if visible is None: return Tokens(x, torch.ones_like(ln_q, dtype=torch.bool), ln_q)
-        mask = visible.repeat_interleave(2, 1)
-        kept = mask.sort(dim=1, descending=True, stable=True).indices[:, : int(mask.sum(1).max())]  # hidden tokens are dropped
-        return Tokens(x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1])), mask.gather(1, kept), ln_q.gather(1, kept))
+        visible: Tensor | None = None,  # (n, N_WINDOWS) bool, best on the CPU; patches of other windows are dropped
+    ) -> Patches:
+        "The patches, cut from the drawn pattern."
+        pattern = window_pattern(r, self.points, self.fwhm).view(r.n, self.n, -1)
+        mask = torch.ones(r.n, self.n, dtype=torch.bool) if visible is None else visible.repeat_interleave(2, 1)
+        place = mask.sort(dim=1, descending=True, stable=True).indices[:, : int(mask.sum(1).max())]  # hidden patches are dropped
+        mask, place = (upload(t, pattern.device) for t in (mask.gather(1, place), place))
+        return Patches(pattern.gather(1, place[..., None].expand(-1, -1, pattern.shape[2])), place, mask)
+
+    def forward(self, p: Patches) -> Tokens:
+        "Tokens of the patches."
+        return Tokens(self.content(p.pattern) + self.place[p.place], p.mask, self.ln_q[p.place])
 
 
 TOKENISERS = dict(peaks=PeakTokens, patches=PatchTokens)
@@ -195,13 +206,20 @@ class XRDEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head_width = width // heads
 
-    def forward(
+    def see(
         self,
         r: Reflections,
         visible: Tensor | None = None,  # (n, N_WINDOWS) bool; tokens of hidden windows are never made
+    ) -> Peaks | Patches:
+        "What the tokeniser sees of reflections: no weights take part."
+        return self.tokenise.see(r if visible is None else hide(r, upload(visible, r.ln_d.device)), visible)
+
+    def forward(
+        self,
+        pattern: Reflections | Peaks | Patches,  # reflections, or what `see` made of them
     ) -> Tokens:
         "Tokens of the pattern, with their positions."
-        t = self.tokenise(r if visible is None else hide(r, visible), visible)
+        t = self.tokenise(self.see(pattern) if isinstance(pattern, Reflections) else pattern)
         turn, x = rotary(t.ln_q, self.head_width), t.x
         for block in self.blocks: x = block(x, t.mask, turn=turn)
         return Tokens(self.norm(x), t.mask, t.ln_q)

@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'MODALITIES', 'FUSIONS', 'LOG_TARGETS', 'Size', 'choose', 'CrossFusion', 'Output', 'XxaCT', 'drop_modalities',
            'save_model', 'load_model', 'start_from']
 
-# %% ../nbs/06_fusion.ipynb #ddbe401c
+# %% ../nbs/06_fusion.ipynb #61b12ed1
 import json
 import os
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .encoders import Block, CompositionEncoder, Tokens, XRDEncoder, pool
+from .diffraction import Peaks, Reflections
+from .encoders import Block, CompositionEncoder, Patches, Tokens, XRDEncoder, pool
 from .materials import CRYSTAL_SYSTEMS, Batch
 
 # %% ../nbs/06_fusion.ipynb #a2b4fff9
@@ -76,7 +77,7 @@ class CrossFusion(nn.Module):
         first = self.absent[i].expand(len(t.x), 1, -1)
         return torch.cat([first.to(t.x.dtype), t.x], 1), torch.cat([torch.ones_like(keep[:, :1]), t.mask & keep[:, i : i + 1]], 1)
 
-# %% ../nbs/06_fusion.ipynb #209c1b92
+# %% ../nbs/06_fusion.ipynb #e6b5d414
 class Output(NamedTuple):
     "What the model says about a batch."
 
@@ -110,21 +111,29 @@ class XxaCT(nn.Module):
         self.head = nn.Linear(2 * s.width, len(targets) + len(CRYSTAL_SYSTEMS) + 230)
         self.register_buffer("target_mean", torch.zeros(len(targets)))
         self.register_buffer("target_std", torch.ones(len(targets)))
+        self.register_buffer("is_log", torch.tensor([t in LOG_TARGETS for t in targets], dtype=torch.bool), persistent=False)
+
+    def see(
+        self,
+        r: Reflections,
+        visible: Tensor | None = None,  # (n, N_WINDOWS) bool: windows of the pattern that may be seen; None: all
+    ) -> Peaks | Patches | None:
+        "What the XRD encoder sees of reflections, None where there is none: it can be made before, since no weights take part."
+        return self.xrd.see(r, visible) if hasattr(self, "xrd") else None
 
     def encode(
         self,
-        batch: Batch,
+        batch: Batch,  # its reflections may be what `see` made of them
         keep: Tensor | None = None,  # (n, 2) bool: composition, XRD are there; None: both
-        visible: Tensor | None = None,  # (n, N_WINDOWS) bool: windows of the pattern that may be seen
     ) -> tuple[Tokens | None, Tokens | None, Tensor]:
         "Tokens of each encoder before fusion, and which modalities are there."
         c = self.composition(batch.atomic_numbers, batch.fractions) if hasattr(self, "composition") else None
-        x = self.xrd(batch.reflections, visible) if hasattr(self, "xrd") else None
+        x = self.xrd(batch.reflections) if hasattr(self, "xrd") else None
         return c, x, torch.ones(len(batch.composition), 2, dtype=torch.bool, device=batch.composition.device) if keep is None else keep
 
     def forward(
         self,
-        batch: Batch,
+        batch: Batch,  # its reflections may be what `see` made of them
         keep: Tensor | None = None,  # (n, 2) bool: composition, XRD are there; None: both
     ) -> Output:
         "Properties and symmetry of a batch."
@@ -143,7 +152,7 @@ class XxaCT(nn.Module):
     def in_units(self, standardised: Tensor) -> Tensor:  # (n, t) -> (n, t) in units
         "The inverse of `standardise`."
         y = standardised * self.target_std + self.target_mean
-        return torch.where(self._is_log(y.device), y.exp(), y)
+        return torch.where(self.is_log, y.exp(), y)
 
     def fit_scale(self, targets: Tensor) -> None:  # (n, t) of the training side, NaN where unknown
         "Set mean and spread of the targets. Raises `ValueError` for a target without labels."
@@ -153,12 +162,9 @@ class XxaCT(nn.Module):
             if len(known) < 2: raise ValueError(f"target {name!r} has {len(known)} labels in the training split; at least 2 are needed")
             self.target_mean[i], self.target_std[i] = known.mean(), known.std().clamp(min=1e-6)
 
-    def _is_log(self, device: torch.device) -> Tensor:
-        return torch.tensor([t in LOG_TARGETS for t in self.config["targets"]], device=device)
-
     def _log(self, targets: Tensor) -> Tensor:
         positive = torch.where(targets > 0, targets, torch.nan)
-        return torch.where(self._is_log(targets.device), positive.log(), targets)
+        return torch.where(self.is_log, positive.log(), targets)
 
 # %% ../nbs/06_fusion.ipynb #cec506ff
 def drop_modalities(

@@ -6,7 +6,7 @@
 __all__ = ['TARGETS', 'CRYSTAL_SYSTEMS', 'TablePath', 'crystal_system', 'table_schema', 'write_table', 'table_metadata',
            'read_table', 'Batch', 'MaterialSet']
 
-# %% ../nbs/03_materials.ipynb #4a04f67d
+# %% ../nbs/03_materials.ipynb #9ec900bb
 import hashlib
 import json
 import os
@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .composition import N_ELEMENTS, SPLITS, composition_hash, composition_key
-from .diffraction import Reflections
+from .diffraction import Reflections, upload
 
 if TYPE_CHECKING:
     import polars as pl
 
-# %% ../nbs/03_materials.ipynb #b4222c7c
+# %% ../nbs/03_materials.ipynb #fe8fee89
 TARGETS: dict[str, str] = dict(
     formation_energy_per_atom="eV/atom", energy_above_hull="eV/atom", band_gap="eV", band_gap_direct="eV", volume_per_atom="Å³/atom",
     density="g/cm³", magnetization_per_atom="μB/atom", dos_at_fermi="states/eV/atom", lattice_energy_per_atom="eV/atom")
@@ -41,7 +41,7 @@ def crystal_system(
     space_group: Tensor,  # 1 to 230; 0: unknown
 ) -> Tensor:  # int64, place in CRYSTAL_SYSTEMS; -1: unknown
     "Crystal system of a space-group number."
-    first = torch.tensor(_FIRST_GROUP, device=space_group.device)
+    first = upload(torch.tensor(_FIRST_GROUP), space_group.device)
     return torch.bucketize(space_group.long(), first, right=True) - 1
 
 
@@ -154,7 +154,7 @@ def read_table(
     if df.is_empty(): raise ValueError(f"{_name(path)} is empty")
     return df
 
-# %% ../nbs/03_materials.ipynb #b89732c9
+# %% ../nbs/03_materials.ipynb #983b14a3
 _LN_D = (-1.5, 4.5)  # range of ln d (d in Å) on 16 bits
 _BITS = 65535
 _LIMITS = dict(d_spacing=(0.23, 90), intensity=(0, 1), atomic_numbers=(1, N_ELEMENTS), fractions=(0, 1))
@@ -210,10 +210,14 @@ class Batch(NamedTuple):
 
     atomic_numbers: Tensor  # (n, e) int64, 0 is padding
     fractions: Tensor  # (n, e), 0 is padding
-    reflections: Reflections
+    reflections: Reflections  # or what the model's XRD encoder sees of them
     targets: Tensor  # (n, t) in the targets' units, NaN where unknown
     space_group: Tensor  # (n,) int64, 0 where unknown
     composition: Tensor  # (n,) int64, equal for equal composition keys
+
+    def to(self, device: torch.device) -> "Batch":
+        "The same batch on a device."
+        return Batch(*(x.to(device) if isinstance(x, Reflections) else upload(x, device) for x in self))
 
 
 @dataclass
@@ -340,7 +344,7 @@ class MaterialSet:
         x = torch.zeros(len(index), width, device=device).index_put_(padded, self.fractions[z_at])
         at, row, _ = _ragged(self.first_reflection, index, device)
         r = Reflections(_unpack(self.ln_d[at], *_LN_D), _unpack(self.sqrt_intensity[at], 0, 1) ** 2, row, len(index))
-        i = index.to(device)
+        i = upload(index, device)
         return Batch(z, x, r, self.targets[i], self.space_group[i].long(), self.composition[i])
 
 
@@ -348,7 +352,6 @@ def _ragged(first: Tensor, index: Tensor, device: torch.device) -> tuple[Tensor,
     "Flat places, their rows, and the counts of the ragged rows in `index`; all sizes are known on the CPU."
     start, count = first[index], first[index + 1] - first[index]
     total = int(count.sum())
-    shift = (start - count.cumsum(0) + count).to(device)
-    count = count.to(device)
+    shift, count = (upload(t, device) for t in (start - count.cumsum(0) + count, count))
     row = torch.repeat_interleave(torch.arange(len(index), device=device), count, output_size=total)
     return torch.arange(total, device=device) + shift[row], row, count

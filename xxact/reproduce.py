@@ -9,7 +9,7 @@ __all__ = ['OPTIONS', 'MODELS', 'DEFAULT_TARGETS', 'SHOWN', 'BLOCKS', 'project_r
            'pretraining_scores', 'finetune', 'write_predictions', 'dummy_scores', 'NotebookFailed', 'run_notebook',
            'reproduce', 'read_results', 'results_table', 'changes_table', 'update_readme', 'conditions', 'main']
 
-# %% ../nbs/12_reproduce.ipynb #4e9f9ab7
+# %% ../nbs/12_reproduce.ipynb #420ffa1c
 import argparse
 import ast
 import configparser
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -647,7 +648,7 @@ def conditions(
 
 BLOCKS = dict(results=results_table, changes=changes_table, conditions=conditions)
 
-# %% ../nbs/12_reproduce.ipynb #53216ac8
+# %% ../nbs/12_reproduce.ipynb #9d569243
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `xxact`. Ends with 2 and one line for input that cannot work."
     parser = argparse.ArgumentParser("xxact", description="Crystal properties and symmetry from composition and powder XRD.")
@@ -687,7 +688,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--device", default="cpu", help="where patterns are drawn: cpu, cuda or auto (default: cpu)")
     p = bench.add_parser("prepare", help="from an Alexandria file to a table, against pymatgen")
     p.add_argument("--dataset", default="", metavar="SOURCE", help="structures of the entries (default: as above, of source wbm)")
-    p.add_argument("--entries", type=int, default=20_000, help="how many (default: 20000)")
+    p.add_argument("--entries", type=int, default=20_000, dest="n", help="how many (default: 20000)")
+    p = bench.add_parser("train", help="the trainer, against the bare network on one batch")
+    p.add_argument("--dataset", default="", metavar="SOURCE", help="anything that can be prepared, or the file of a MaterialSet (default: as above)")
+    p.add_argument("--task", default="pretrain", help="pretrain or finetune (default: pretrain)")
+    p.add_argument("--size", default="base", help="nano, small, base or large (default: base)")
+    p.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
+    p.add_argument("--batch-size", type=int, default=0, help="materials (default: 4096 on a GPU, 64 on a CPU)")
+    p.add_argument("--steps", type=int, default=0, help="steps in a round (default: 50 on a GPU, 4 on a CPU)")
+    p.add_argument("--rounds", type=int, default=5, help="how many rounds (default: 5)")
+    p.add_argument("--precision", default="auto", help="fp32, bf16 or auto (default: auto, bf16 on a GPU)")
+    p.add_argument("--compile", default="auto", help="on, off or auto (default: auto, on a GPU)")
     commands.add_parser("readme", help="fill the generated blocks of README.md")
     a, rest = parser.parse_known_args(arguments)
     if rest and (a.command != "reproduce" or any(r.startswith("-") for r in rest)): parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -751,17 +762,27 @@ def _card(a: argparse.Namespace) -> int:
 
 
 def _bench(a: argparse.Namespace) -> int:
-    from xxact.bench import bench_diffraction, bench_prepare, one_core, read_crystals, read_records, record
+    from xxact.bench import bench_diffraction, bench_prepare, bench_train, one_core, read_crystals, read_records, record
     root, real = project_root(), Path(os.environ.get("XXACT_REAL_DATA", ""), "mp/structures.parquet")
     dataset = a.dataset or (str(real) if real.exists() else "prototypes:1000")
-    if a.what == "prepare": structures = read_records(dataset, "wbm" if dataset == str(real) else None)
-    else: structures, device = read_crystals(dataset, a.structures), str(pick_device(a.device))
-    with one_core():
-        result = bench_prepare(structures, a.entries) if a.what == "prepare" else bench_diffraction(structures, device)
-        result |= dict(dataset=dataset.split("/")[-1])
+    options = {k: v for k, v in vars(a).items() if k not in ("command", "what", "dataset")}
+    if a.what == "train":
+        cores, measure, data = nullcontext(), bench_train, _load_set(dataset, "mp" if dataset == str(real) else "")
+    elif a.what == "prepare":
+        cores, measure, data = one_core(), bench_prepare, read_records(dataset, "wbm" if dataset == str(real) else None)
+    else:
+        cores, measure, data = one_core(), bench_diffraction, read_crystals(dataset, options.pop("structures"))
+    with cores:
+        result = measure(data, **options) | dict(dataset=dataset.split("/")[-1])
         print(record(result, root / "figures/bench").relative_to(root))
     print(json.dumps(result))
     return 0
+
+
+def _load_set(dataset: str, source: str) -> MaterialSet:
+    if dataset.endswith(".safetensors"): return MaterialSet.load(dataset)
+    df = load_table(dataset, source)
+    return MaterialSet.from_table(df, wanted_targets(df))
 
 
 def _readme(a: argparse.Namespace) -> int:

@@ -811,7 +811,7 @@ def estimate_entries(
     except (OSError, EOFError, zlib.error):
         return 0  # the reader will say what is wrong with it
 
-# %% ../nbs/04_sources.ipynb #8bd0bec8
+# %% ../nbs/04_sources.ipynb #61d1bc69
 PART = 8 * CHUNK  # rows kept in memory
 DUPLICATE = "duplicate: "
 REPEATED = f"{DUPLICATE}an earlier file has this material_id"
@@ -980,7 +980,7 @@ def progress_bar(
 ) -> tqdm:
     """Show how many of about how many materials are done."""
     counts = [count_entries(path, source) for path in sources] if show else []
-    return tqdm(total=sum(counts), disable=not show, unit=" materials", smoothing=0.05)
+    return tqdm(total=sum(counts), unit=" materials", smoothing=0.05, **({} if show else dict(disable=True)))
 
 # %% ../nbs/04_sources.ipynb #5fbd0d50
 ROWS = 1  # raised when rows change their meaning
