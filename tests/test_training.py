@@ -1,4 +1,5 @@
 "A run that is killed, ended, damaged or shared between processes ends like one that was not."
+import contextlib
 import json
 import os
 import random
@@ -10,14 +11,16 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xxact import trainer
 from xxact.fusion import XxaCT
 from xxact.materials import MaterialSet
 from xxact.reproduce import load_table
-from xxact.trainer import REQUEUE, Pretraining, Supervised, launch, read_log, train
+from xxact.trainer import REQUEUE, Pretraining, Supervised, compile_objective, draws, held_out_losses, launch, read_log, train
 
 TASKS = ("pretrain", "finetune")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))]
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +30,30 @@ def data_file(tmp_path_factory):
     return folder / "set.safetensors"
 
 
+def objective(task, data, **options):
+    "An untrained objective, always the same."
+    torch.manual_seed(0)
+    if task == "pretrain": return Pretraining(XxaCT("nano", **options), 0.01)
+    model = XxaCT("nano", targets=data.target_names, **options)
+    model.fit_scale(data.targets)
+    return Supervised(model, modality_dropout=0.1)
+
+
+def trained(task, data, folder, **options):
+    "Weights and losses of a short run."
+    it = objective(task, data)
+    train(it, data, data.indices("train"), folder, **dict(epochs=2, batch_size=16, log_every=1, checkpoint_every=1e9, device="cpu") | options)
+    return [p.detach().cpu() for p in it.parameters()], [row["loss"] for row in read_log(folder / "log.jsonl") if "loss" in row]
+
+
 def arguments(task, data_file, folder, **options):
     chosen = dict(size="nano", epochs=4, batch_size=16, device="cpu", log_every=2, checkpoint_every=0, timeout=1.0) | options
     return [task, str(data_file), str(folder), *(f"--{k.replace('_', '-')}={v}" for k, v in chosen.items())]
 
 
-def start(*args): return subprocess.Popen([sys.executable, "-m", "xxact.trainer", *args], stderr=subprocess.PIPE, text=True,
-                                          env=os.environ | dict(OMP_NUM_THREADS="1"))
+def start(*args, **environment):
+    return subprocess.Popen([sys.executable, "-m", "xxact.trainer", *args], stderr=subprocess.PIPE, text=True,
+                            env=os.environ | dict(OMP_NUM_THREADS="1") | environment)
 
 
 def log_of(folder): return [{k: v for k, v in row.items() if k != "seconds"} for row in read_log(folder / "log.jsonl")]
@@ -105,8 +125,6 @@ def test_a_damaged_checkpoint_is_passed_over(uncut, data_file, tmp_path):
 
 def test_a_full_disk_keeps_the_last_checkpoint(data_file, tmp_path, monkeypatch):
     data = MaterialSet.load(data_file)
-    model = XxaCT("nano", targets=data.target_names)
-    model.fit_scale(data.targets)
     saved, calls = torch.save, []
 
     def full(content, path):
@@ -117,20 +135,19 @@ def test_a_full_disk_keeps_the_last_checkpoint(data_file, tmp_path, monkeypatch)
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="checkpoint of step 4 could not be written.*No space left.*that of step 2 is good"):
-        train(Supervised(model), data, torch.arange(64), tmp_path, epochs=2, batch_size=8, log_every=2, checkpoint_every=0, device="cpu")
+        train(objective("finetune", data), data, torch.arange(64), tmp_path, epochs=2, batch_size=8, log_every=2, checkpoint_every=0, device="cpu")
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
     assert not list(tmp_path.glob(".state*"))
 
 
 def test_the_materials_of_a_bad_step_are_named(data_file, tmp_path):
     data = MaterialSet.load(data_file)
-    model = XxaCT("nano", targets=data.target_names)
-    model.fit_scale(data.targets)
+    it = objective("finetune", data)
     poisoned = data.targets.clone()
     poisoned[37] = 1e30
     data.targets = poisoned
     with pytest.raises(ValueError, match=r"volume_per_atom|grad_norm|loss"):
-        train(Supervised(model), data, torch.arange(64), tmp_path, epochs=4, batch_size=8, log_every=8, checkpoint_every=0, device="cpu", lr=1e30)
+        train(it, data, torch.arange(64), tmp_path, epochs=4, batch_size=8, log_every=8, checkpoint_every=0, device="cpu", lr=1e30)
     bad = json.loads((tmp_path / "bad_step.json").read_text())
     assert bad["materials"] == [data.material_ids[i] for i in trainer.batch_indices(torch.arange(64), 8, 0, bad["step"] - 1)]
     assert bad["step"] < 8  # found between two readings
@@ -169,6 +186,10 @@ def test_a_killed_process_is_started_again(data_file, tmp_path):
     (dict(device="cuda"), "no GPU here"),
     (dict(pretrained="missing.safetensors"), "holds no xxact weights"),
     (dict(modalities="smell"), "choose from both"),
+    (dict(precision="fp8"), "choose from auto, fp32, bf16"),
+    (dict(compile="maybe"), "choose from auto, on, off"),
+    (dict(patience=-1), "must not be negative"),
+    (dict(tokeniser="wavelets"), "choose from peaks, patches"),
 ])
 def test_settings_that_cannot_work_are_one_line(changes, message, data_file, tmp_path):
     if changes.get("device") == "cuda" and torch.cuda.is_available(): pytest.skip("there is a GPU")
@@ -188,9 +209,183 @@ def test_a_target_without_labels_and_a_file_of_something_else(data_file, tmp_pat
 
 
 def test_a_folder_of_other_parameters_is_left_alone(data_file, tmp_path):
-    assert start(*arguments("pretrain", data_file, tmp_path)).wait() == 0
+    quiet = start(*arguments("pretrain", data_file, tmp_path), TQDM_DISABLE="1")
+    assert quiet.communicate()[1] == "" and quiet.returncode == 0
     before = (tmp_path / "log.jsonl").read_text()
     process = start(*arguments("pretrain", data_file, tmp_path, lr=1e-4))
     assert "belongs to a run with lr=" in process.communicate()[1] and process.returncode == 2
     assert (tmp_path / "log.jsonl").read_text() == before
-    assert isinstance(Pretraining(XxaCT("nano"), 0.01), torch.nn.Module)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("task", TASKS)
+def test_materials_gathered_ahead_are_the_same(task, device, data_file, tmp_path):
+    data = MaterialSet.load(data_file)
+    (a, losses), (b, other) = (trained(task, data, tmp_path / f"{on}", on_device=on, device=device, compile="off") for on in (True, False))
+    assert losses == other and all(torch.equal(x, y) for x, y in zip(a, b)) if device == "cpu" else losses == pytest.approx(other, rel=1e-2)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_bf16_follows_fp32(task, data_file, tmp_path):
+    data = MaterialSet.load(data_file)
+    (_, exact), (_, rounded) = (trained(task, data, tmp_path / p, precision=p) for p in ("fp32", "bf16"))
+    assert exact != rounded and exact[:3] == pytest.approx(rounded[:3], abs=0.03)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    "torch.compile without the compiler: the network is captured, differentiated, and run as it is."
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: whole(f, backend="aot_eager", fullgraph=True))
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("tokeniser", ["peaks", "patches"])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_network_is_captured_whole(task, tokeniser, data_file, tmp_path, captured):
+    data = MaterialSet.load(data_file)
+    it, plain = (objective(task, data, tokeniser=tokeniser) for _ in range(2))
+    batches = [plain.prepare(data.batch(torch.arange(i, i + 16)), draws(0, i)) for i in range(0, 64, 16)]
+    assert len({b.batch.atomic_numbers.shape[1] for b in batches}) > 1
+    assert compile_objective(it, batches[0])
+    torch._dynamo.config.error_on_recompile = True
+    try: losses = [it(b)["loss"].item() for b in batches]
+    finally: torch._dynamo.config.error_on_recompile = False
+    assert losses == pytest.approx([plain(b)["loss"].item() for b in batches], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("task", TASKS)
+def test_compiled_runs_are_as_the_others(task, n, data_file, tmp_path):
+    logs = []
+    for compile in ("off", "on"):
+        launch(n, *arguments(task, data_file, tmp_path / compile, compile=compile, epochs=2, log_every=1, timeout=10.0))
+        logs.append([row["loss"] for row in read_log(tmp_path / compile / "log.jsonl") if "loss" in row])
+    assert logs[0] == pytest.approx(logs[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_compiler_that_fails_is_done_without(where, data_file, tmp_path, monkeypatch):
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient): raise RuntimeError("no compiler found")
+
+    def broken(function):
+        def compiled(p):
+            if where == "forward": raise RuntimeError("no compiler found")
+            out = function(p)
+            return out._replace(targets=Fails.apply(out.targets))
+        return compiled
+
+    data = MaterialSet.load(data_file)
+    plain, _ = trained("finetune", data, tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="torch.compile does not work here.*no compiler found.*without"):
+        weights, _ = trained("finetune", data, tmp_path / "tried", compile="on")
+    assert all(torch.equal(a, b) for a, b in zip(plain, weights))
+
+
+class NoQuestions(TorchDispatchMode):
+    "Refuses what makes Python wait for a device: reading a number, or a shape that depends on numbers."
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        mask = function is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if mask or function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select):
+            raise AssertionError(f"{function} waits for the device")
+        return function(*args, **kwargs or {})
+
+
+@contextlib.contextmanager
+def no_waiting(device):
+    if device == "cpu":
+        with NoQuestions(): yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try: yield
+    finally: torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_step_asks_the_device_nothing(task, device, data_file):
+    data = MaterialSet.load(data_file).to(device)
+    it = objective(task, data).to(device)
+    optimiser = torch.optim.AdamW(it.parameters(), fused=True)
+    for step in range(2):
+        batch, generator = data.batch(torch.arange(16)), draws(0, step)
+        with no_waiting(device):
+            losses = it(it.prepare(batch, generator))
+            losses["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(it.parameters(), 1.0)
+            optimiser.step()
+    with pytest.raises((AssertionError, RuntimeError)), no_waiting(device): losses["loss"].item()
+
+
+def test_the_best_weights_so_far_are_kept(data_file, tmp_path):
+    data = MaterialSet.load(data_file)
+    index, held_out = data.indices("train"), data.indices("val")
+    settings = dict(epochs=40, batch_size=16, lr=3e-3, schedule="constant", ema=0.5, device="cpu", held_out=held_out, log_every=2, checkpoint_every=0)
+    it = objective("finetune", data)
+    train(it, data, index, tmp_path / "whole", patience=3, **settings)
+    rows = [row for row in read_log(tmp_path / "whole/log.jsonl") if "val_loss" in row]
+    losses = [row["val_loss"] for row in rows]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 4 < 40  # stopped three evaluations after the best
+    assert rows[-1]["val_best_step"] == rows[best]["step"]
+    assert held_out_losses(it, data, held_out, 16)["loss"] == pytest.approx(min(losses), abs=1e-6)
+
+    class Killed(Exception): "Stands for anything that ends a run."
+
+    calls = []
+
+    def killed_after_the_best() -> dict:
+        calls.append(1)
+        if len(calls) == best + 2: raise Killed
+        return {}
+
+    with pytest.raises(Killed):
+        train(objective("finetune", data), data, index, tmp_path / "cut", patience=3, evaluate=killed_after_the_best, **settings)
+    again = objective("finetune", data)
+    train(again, data, index, tmp_path / "cut", patience=3, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(it.parameters(), again.parameters()))
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(data_file, tmp_path):
+    assert start(*arguments("finetune", data_file, tmp_path, epochs=1)).wait() == 0
+    whole = torch.load(tmp_path / "state.pt", weights_only=True)
+    for changed, message in ((whole | dict(settings=whole["settings"] | dict(recipe=1)), "belongs to a run with recipe=1, not"),
+                             (whole | dict(objective={"strange": torch.zeros(1)}), "was written by another version of the code")):
+        torch.save(changed, tmp_path / "state.pt")
+        process = start(*arguments("finetune", data_file, tmp_path, epochs=1))
+        error = process.communicate()[1].strip().splitlines()
+        assert process.returncode == 2 and len(error) == 1 and message in error[0]
+
+
+def test_tensorboard_shows_the_log(data_file, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    _, losses = trained("finetune", MaterialSet.load(data_file), tmp_path)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_bits_again(device, data_file, tmp_path):
+    data = MaterialSet.load(data_file)
+    runs = [trained("finetune", data, tmp_path / f"{i}", device=device, deterministic=True) for i in range(2)]
+    assert runs[0][1] == runs[1][1] and all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0]))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_short_of_memory_says_what_to_lower(data_file, tmp_path, monkeypatch):
+    def full(*_): raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(XxaCT, "forward", full)
+    with pytest.raises(RuntimeError, match="out of memory with batch_size=16; try batch_size=8"):
+        trained("finetune", MaterialSet.load(data_file), tmp_path)

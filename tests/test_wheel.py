@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 NEEDED = ["torch", "numpy", "safetensors", "tqdm"]
 TRAIN = """
 import sys, torch, xxact
+from xxact.bench import bench_train, record
 from xxact.fusion import XxaCT
 from xxact.materials import MaterialSet
 from xxact.trainer import Supervised, predict, train
@@ -19,6 +20,8 @@ data = MaterialSet.load(sys.argv[1])
 model = XxaCT("nano", targets=data.target_names); model.fit_scale(data.targets)
 train(Supervised(model), data, torch.arange(len(data)), sys.argv[2], epochs=1, batch_size=8, device="cpu")
 assert predict(model, data, torch.arange(8)).targets.shape == (8, len(data.target_names))
+result = bench_train(data, "pretrain", "nano", "cpu", batch_size=8, steps=1, rounds=1)
+assert result["materials_per_s"] > 0 and record(result, sys.argv[2]).exists()
 absent = {"polars", "pymatgen", "matplotlib", "nbdev", "papermill", "IPython"}
 assert not absent & set(sys.modules)
 for name in absent:

@@ -168,7 +168,7 @@ def bench_prepare(
                 projected_core_hours_5m=round(5e6 * seconds / rows / 3600, 2), n_entries=n, n_rows=rows, mean_sites=round(float(sites), 1),
                 bytes_per_entry=round(size / n))
 
-# %% ../nbs/14_bench.ipynb #46e38fa8
+# %% ../nbs/14_bench.ipynb #0f62931b
 def bench_train(
     data: MaterialSet,
     task: str = "pretrain",  # pretrain or finetune
@@ -199,7 +199,7 @@ def bench_train(
 
     trained, reference, feed = objective(), objective().to(where), Feed(data, lambda step: index[step * batch_size :][:batch_size], where, True)
     prepare = lambda step: reference.prepare(feed(step), draws(1, step))
-    fixed, times, memory = prepare(0), dict(trainer=[], bare=[], prepare=[]), []
+    fixed, times, memory, peaks = prepare(0), dict(trainer=[], bare=[], prepare=[]), [], []
     flops, optimiser = _flops(reference, fixed), torch.optim.AdamW(reference.parameters(), fused=True)
     if compile == "on" or (compile == "auto" and gpu): compile_objective(reference, fixed, precision)
 
@@ -222,6 +222,7 @@ def bench_train(
         memory.append(torch.cuda.max_memory_allocated(where) if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         times["bare"].append(repeated(lambda _: bare()))
         times["prepare"].append(repeated(prepare))
+        peaks.append(_matmul_peak(where, torch.bfloat16 if precision == "bf16" else torch.float32))
         began.append(time.perf_counter())
         return {}
 
@@ -231,12 +232,11 @@ def bench_train(
               evaluate=pause, eval_every=steps, description="bench")
     step, ratio, share = (float(np.median(x[1:])) for x in (times["trainer"], np.divide(times["bare"], times["trainer"]),
                                                             np.divide(times["prepare"], times["trainer"])))
-    peak = _matmul_peak(where, torch.bfloat16 if precision == "bf16" else torch.float32)
     return dict(bench="train", task=task, size=size, batch_size=batch_size, materials_per_s=round(batch_size / step, 1),
-                ratio_to_bare_step=round(ratio, 3), render_share=round(share, 4), mfu=round(flops / step / peak, 3),
+                ratio_to_bare_step=round(ratio, 3), render_share=round(share, 4), mfu=round(flops / step / max(peaks), 3),
                 peak_memory_mb=round(memory[0] / 2**20), projected_seconds_epoch_5m=round(5e6 / batch_size * step),
                 parameters=sum(p.numel() for p in trained.model.parameters()), precision=precision, compiled="compute" in reference.__dict__,
-                peak_tflops=round(peak / 1e12, 3), steps=steps, rounds=rounds, device=where.type)
+                peak_tflops=round(max(peaks) / 1e12, 3), steps=steps, rounds=rounds, device=where.type)
 
 
 def _flops(objective: Pretraining | Supervised, batch: Prepared) -> int:
@@ -247,10 +247,10 @@ def _flops(objective: Pretraining | Supervised, batch: Prepared) -> int:
 
 
 def _matmul_peak(device: torch.device, dtype: torch.dtype) -> float:  # operations a second
-    "The fastest of ten products of large matrices."
+    "The fastest of five products of large matrices."
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / min(seconds_of(lambda: (a @ b)[0, 0].item()) for _ in range(10))
+    return 2 * n**3 / min(seconds_of(lambda: (a @ b)[0, 0].item()) for _ in range(5))
 
 # %% ../nbs/14_bench.ipynb #bc8c5bee
 def record(
