@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -165,17 +166,20 @@ def test_two_processes_train_as_one(task, data_file, tmp_path):
             if k != "seconds": assert one[k] == pytest.approx(two[k], abs=1e-5, rel=1e-5), (k, one["step"])
 
 
-@pytest.mark.slow
-def test_a_killed_process_is_started_again(data_file, tmp_path):
+@pytest.mark.parametrize("machines", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_process_is_started_again(machines, data_file, tmp_path):
     launch(2, *arguments("finetune", data_file, tmp_path / "whole"))
     cut = tmp_path / "cut"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3", "-m", "xxact.trainer"]
-    process = subprocess.Popen([*command, *arguments("finetune", data_file, cut)], stderr=subprocess.DEVNULL,
-                               env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
-    while process.poll() is None and steps(cut) < 6: time.sleep(0.01)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    several = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *(several if machines == 2 else ["--standalone"]), f"--nproc-per-node={2 // machines}",
+               "--max-restarts=3", "-m", "xxact.trainer", *arguments("finetune", data_file, cut)]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"} | ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if machines == 2 else {})
+    agents = [subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) for _ in range(machines)]
+    while agents[0].poll() is None and steps(cut) < 6: time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(agents[-1].pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    assert process.wait(timeout=600) == 0
+    assert [agent.wait(timeout=600) for agent in agents] == [0] * machines
     assert log_of(cut) == log_of(tmp_path / "whole") and same_weights(cut, tmp_path / "whole")
 
 

@@ -388,6 +388,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'xxact.trainer._cross_entropy': ('trainer.html#_cross_entropy', 'xxact/trainer.py'),
                                'xxact.trainer._deterministic': ('trainer.html#_deterministic', 'xxact/trainer.py'),
                                'xxact.trainer._digest': ('trainer.html#_digest', 'xxact/trainer.py'),
+                               'xxact.trainer._meet': ('trainer.html#_meet', 'xxact/trainer.py'),
                                'xxact.trainer._memory': ('trainer.html#_memory', 'xxact/trainer.py'),
                                'xxact.trainer._order': ('trainer.html#_order', 'xxact/trainer.py'),
                                'xxact.trainer._train_from_file': ('trainer.html#_train_from_file', 'xxact/trainer.py'),

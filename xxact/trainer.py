@@ -8,7 +8,7 @@ __all__ = ['NEARLY_SOLVED', 'RECIPE', 'REQUEUE', 'EXPLODED', 'draws', 'batch_ind
            'read_log', 'Terminated', 'gone_wrong', 'Best', 'held_out_losses', 'train', 'averaged', 'Predictions',
            'predict', 'main', 'launch', 'run_id']
 
-# %% ../nbs/09_trainer.ipynb #f78cbeef
+# %% ../nbs/09_trainer.ipynb #a740d83f
 import argparse
 import hashlib
 import json
@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -650,7 +651,7 @@ def predict(
         parts.append([model.in_units(out.targets), out.crystal_system.softmax(1), out.space_group.softmax(1)])
     return Predictions(*(torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True)))
 
-# %% ../nbs/09_trainer.ipynb #f1ec17d1
+# %% ../nbs/09_trainer.ipynb #36735909
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `python -m xxact.trainer`. Ends with 2 and one line for input that cannot work, with 75 after a SIGTERM."
     parser = argparse.ArgumentParser("python -m xxact.trainer", description="Train from the file of a MaterialSet; with torchrun on several GPUs.")
@@ -677,7 +678,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if world > 1 and torch.cuda.is_available() and a.device in ("auto", "cuda"): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = pick_device(a.device)
         if world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=a.timeout))
+            _meet("nccl" if device.type == "cuda" else "gloo", timedelta(minutes=a.timeout))
         _train_from_file(a, device)
         return 0
     except (ValueError, RuntimeError, OSError) as e:
@@ -685,6 +686,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(e, ValueError) else 1
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    "Join the other processes of a torchrun. It keeps one store over its restarts, in which the living must not find the addresses of the dead."
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world): store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and rank == 0:  # machines count their restarts differently
+        warnings.warn("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on all machines, or a restart may find no way on", stacklevel=2)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def _train_from_file(a: argparse.Namespace, device: torch.device) -> None:
