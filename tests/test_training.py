@@ -174,7 +174,8 @@ def test_a_killed_process_is_started_again(machines, data_file, tmp_path):
     several = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
     command = [sys.executable, "-m", "torch.distributed.run", *(several if machines == 2 else ["--standalone"]), f"--nproc-per-node={2 // machines}",
                "--max-restarts=3", "-m", "xxact.trainer", *arguments("finetune", data_file, cut)]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"} | ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if machines == 2 else {})
+    environment = os.environ | dict(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    if machines == 2: environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     agents = [subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) for _ in range(machines)]
     while agents[0].poll() is None and steps(cut) < 6: time.sleep(0.01)
     children = subprocess.run(["pgrep", "-P", str(agents[-1].pid)], capture_output=True, text=True).stdout.split()
