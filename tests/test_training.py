@@ -295,6 +295,21 @@ def test_a_compiler_that_fails_is_done_without(where, data_file, tmp_path, monke
     assert all(torch.equal(a, b) for a, b in zip(plain, weights))
 
 
+@pytest.mark.parametrize("tokeniser", ["peaks", "patches"])
+@pytest.mark.parametrize("task", TASKS)
+def test_padding_changes_nothing(task, tokeniser, data_file, monkeypatch):
+    data = MaterialSet.load(data_file)
+    it, results = objective(task, data, tokeniser=tokeniser), []
+    prepared = it.prepare(data.batch(torch.arange(24)), draws(0, 0))
+    for padded in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda padded=padded: padded)
+        it.zero_grad()
+        loss = it(prepared)["loss"]
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in it.parameters() if p.grad is not None)])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+
+
 class NoQuestions(TorchDispatchMode):
     "Refuses what makes Python wait for a device: reading a number, or a shape that depends on numbers."
 
@@ -317,7 +332,8 @@ def no_waiting(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("task", TASKS)
-def test_a_step_asks_the_device_nothing(task, device, data_file):
+def test_a_step_asks_the_device_nothing(task, device, data_file, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # so that padding is computed, as on a GPU
     data = MaterialSet.load(data_file).to(device)
     it = objective(task, data).to(device)
     optimiser = torch.optim.AdamW(it.parameters(), fused=True)

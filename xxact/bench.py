@@ -168,14 +168,14 @@ def bench_prepare(
                 projected_core_hours_5m=round(5e6 * seconds / rows / 3600, 2), n_entries=n, n_rows=rows, mean_sites=round(float(sites), 1),
                 bytes_per_entry=round(size / n))
 
-# %% ../nbs/14_bench.ipynb #0f62931b
+# %% ../nbs/14_bench.ipynb #481484bb
 def bench_train(
     data: MaterialSet,
     task: str = "pretrain",  # pretrain or finetune
     size: str = "base",
     device: str = "auto",
     batch_size: int = 0,  # 0: 4096 on a GPU, 64 on a CPU
-    steps: int = 0,  # in a round, of the trainer and of the reference; 0: 50 on a GPU, 4 on a CPU
+    steps: int = 0,  # in a round, of the trainer and of the reference; 0: 50 on a GPU, 8 on a CPU
     rounds: int = 5,  # after a first one that does not count; medians are taken
     precision: str = "auto",
     compile: str = "auto",
@@ -186,7 +186,7 @@ def bench_train(
         raise ValueError(f"batch_size={batch_size} and steps={steps} must not be negative, rounds={rounds} at least 1")
     where, index = pick_device(device), data.indices("train")
     gpu, precision = where.type == "cuda", pick_precision(precision, where)
-    batch_size, steps = batch_size or (4096 if gpu else 64), steps or (50 if gpu else 4)
+    batch_size, steps = batch_size or (4096 if gpu else 64), steps or (50 if gpu else 8)
     index = index.repeat(-(-batch_size * steps * (rounds + 1) // len(index)))[: batch_size * steps * (rounds + 1)]
     wait = torch.cuda.synchronize if gpu else lambda: None
 

@@ -48,7 +48,7 @@ def choose(name: str, value: str, options: Sequence[str]) -> None:
     "Raise `ValueError` unless the value is one of the options."
     if value not in options: raise ValueError(f"{name}={value!r} does not exist; choose from {', '.join(options)}")
 
-# %% ../nbs/06_fusion.ipynb #82971153
+# %% ../nbs/06_fusion.ipynb #eda4986d
 class CrossFusion(nn.Module):
     "Cross-attention in both directions."
 
@@ -66,16 +66,15 @@ class CrossFusion(nn.Module):
         keep: Tensor,  # (n, 2) bool: composition, XRD are there
     ) -> tuple[Tokens, Tokens]:
         "Composition tokens that have read the pattern, and XRD tokens that have read the composition."
-        (c, c_mask), (x, x_mask) = (self._led(t, i, keep) for i, t in enumerate((composition, xrd)))
-        for to_composition, to_xrd in zip(self.to_composition, self.to_xrd, strict=True):
-            c, x = to_composition(c, x_mask, x), to_xrd(x, c_mask, c)
-        c, x = (norm(t) for norm, t in zip(self.norm, (c, x), strict=True))
-        return Tokens(c[:, 1:], c_mask[:, 1:]), Tokens(x[:, 1:], x_mask[:, 1:], xrd.ln_q)
+        c, x = (self._led(t, i, keep) for i, t in enumerate((composition, xrd)))
+        for to_composition, to_xrd in zip(self.to_composition, self.to_xrd, strict=True): c, x = to_composition(c, x), to_xrd(x, c)
+        c, x = (Tokens(norm(t.x[:, 1:]), t.mask[:, 1:]) for norm, t in zip(self.norm, (c, x), strict=True))
+        return c, x._replace(ln_q=xrd.ln_q)
 
-    def _led(self, t: Tokens, i: int, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def _led(self, t: Tokens, i: int, keep: Tensor) -> Tokens:
         "Tokens behind the learned one; those of a dropped modality are masked."
         first = self.absent[i].expand(len(t.x), 1, -1)
-        return torch.cat([first.to(t.x.dtype), t.x], 1), torch.cat([torch.ones_like(keep[:, :1]), t.mask & keep[:, i : i + 1]], 1)
+        return Tokens(torch.cat([first.to(t.x.dtype), t.x], 1), torch.cat([torch.ones_like(keep[:, :1]), t.mask & keep[:, i : i + 1]], 1))
 
 # %% ../nbs/06_fusion.ipynb #e6b5d414
 class Output(NamedTuple):

@@ -25,7 +25,7 @@ def hide_windows(
     hidden = max(1, min(N_WINDOWS - 1, round(share * N_WINDOWS)))
     return torch.rand(n, N_WINDOWS, generator=generator).argsort(1) >= hidden
 
-# %% ../nbs/07_mxm.ipynb #14b8efdc
+# %% ../nbs/07_mxm.ipynb #77cb5f0f
 class MXMDecoder(nn.Module):
     "From visible tokens to the pattern in every window."
 
@@ -46,10 +46,10 @@ class MXMDecoder(nn.Module):
     ) -> Tensor:  # (n, N_WINDOWS, WINDOW_POINTS)
         "The √-intensity pattern in all windows."
         centre = self.centre.expand(len(xrd.x), -1)
-        x = self.query(waves(centre, self.frequencies))
+        t = Tokens(self.query(waves(centre, self.frequencies)), torch.ones_like(centre, dtype=torch.bool))
         turn, turn_context = rotary(centre, self.head_width), rotary(xrd.ln_q, self.head_width)
-        for block in self.blocks: x = block(x, xrd.mask, xrd.x, turn, turn_context)
-        return self.out(x)
+        for block in self.blocks: t = block(t, xrd, turn, turn_context)
+        return self.out(t.x)
 
 
 def scored_windows(

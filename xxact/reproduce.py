@@ -648,7 +648,7 @@ def conditions(
 
 BLOCKS = dict(results=results_table, changes=changes_table, conditions=conditions)
 
-# %% ../nbs/12_reproduce.ipynb #9d569243
+# %% ../nbs/12_reproduce.ipynb #6c897d9d
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `xxact`. Ends with 2 and one line for input that cannot work."
     parser = argparse.ArgumentParser("xxact", description="Crystal properties and symmetry from composition and powder XRD.")
@@ -695,7 +695,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--size", default="base", help="nano, small, base or large (default: base)")
     p.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     p.add_argument("--batch-size", type=int, default=0, help="materials (default: 4096 on a GPU, 64 on a CPU)")
-    p.add_argument("--steps", type=int, default=0, help="steps in a round (default: 50 on a GPU, 4 on a CPU)")
+    p.add_argument("--steps", type=int, default=0, help="steps in a round (default: 50 on a GPU, 8 on a CPU)")
     p.add_argument("--rounds", type=int, default=5, help="how many rounds (default: 5)")
     p.add_argument("--precision", default="auto", help="fp32, bf16 or auto (default: auto, bf16 on a GPU)")
     p.add_argument("--compile", default="auto", help="on, off or auto (default: auto, on a GPU)")
