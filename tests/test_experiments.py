@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import polars as pl
 import pytest
 
-from xxact.reproduce import NotebookFailed, main, parameters, read_results, reproduce, results_table, update_readme
+from xxact.reproduce import NotebookFailed, load_table, main, parameters, read_results, reproduce, results_table, update_readme
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(dataset="prototypes:240", epochs="1", pretrain_epochs="1", batch_size="16", pretrain_batch_size="16")
@@ -45,9 +46,11 @@ def test_notebooks_run_and_are_not_repeated(clone, capsys):
         needed = {"params.json", "log.jsonl", "model.safetensors", "results.json"}
         assert needed <= {p.name for p in folder.iterdir()} and not (folder / "state.pt").exists()
     results = read_results("smoke", clone)
-    predictions = pl.read_parquet(clone / "runs/finetune" / results["id"][-1] / "predictions.parquet")
-    mae = (predictions["volume_per_atom"] - predictions["volume_per_atom_predicted"]).abs().mean()
-    assert mae == pytest.approx(results["volume_per_atom/mae"][-1], rel=1e-4)
+    predicted = dict(np.load(clone / "runs/finetune" / results["id"][-1] / "predictions.npz"))
+    table = load_table("prototypes:240")
+    truth = dict(zip(table["material_id"], table["volume_per_atom"]))
+    errors = [abs(truth[name.decode()] - v) for name, v in zip(predicted["material_id"], predicted["volume_per_atom"])]
+    assert np.mean(errors) == pytest.approx(results["volume_per_atom/mae"][-1], rel=1e-4)
     assert "| both-pretrained |" in results_table("smoke", clone)
     changes = pl.read_csv(clone / "figures/smoke/changes.csv").filter(pl.col("target") == "lattice_energy_per_atom")
     mae = dict(results.select("model", "lattice_energy_per_atom/mae").iter_rows())
@@ -58,6 +61,50 @@ def test_notebooks_run_and_are_not_repeated(clone, capsys):
     assert main(["reproduce", *(f"{k.upper()}={v}" for k, v in TINY.items())]) == 0
     shown = capsys.readouterr().out
     assert [c.stat().st_mtime_ns for c in copies] == times and shown.count("nothing has changed") == 3 and "| dummy |" in shown
+
+
+CLAIMS = ["04_convergence", "05_data_scaling", "06_accuracy"]
+
+
+def test_sweeps_give_verdicts_and_survive_a_lost_machine(clone, capsys):
+    tiny = TINY | dict(steps="6", evaluations="3", min_steps="5", pretrain_min_steps="4", seeds="0,1", shares="0.5,1")
+    reproduce("smoke", CLAIMS, tiny)
+    figures = clone / "figures/smoke"
+    for name in ("04_convergence", "04_speed_up", "05_scaling", "06_comparison", "06_parity", "06_residuals"):
+        assert (figures / f"{name}.png").exists() and pl.read_csv(figures / f"{name}.csv").height
+    for name in CLAIMS: assert (figures / f"{name}.md").read_text().startswith("**")
+    rows = pl.read_parquet(figures / "runs.parquet").filter(pl.col("experiment") == "scaling")
+    half, whole = sorted(set(rows["training_materials"]))
+    assert whole == 2 * half and len(rows) == 2 * 2 * 3
+    accuracy = read_results("smoke", clone, "06_accuracy")
+    assert set(accuracy["split"]) == {"composition", "chemistry"} and {"dummy", "boosted trees", "both"} <= set(accuracy["model"])
+    exponents, count = (figures / "05_exponents.csv").read_text(), len(pl.read_parquet(figures / "runs.parquet"))
+    shutil.rmtree(clone / "runs")  # the rows and predictions in figures/ are left
+    reproduce("smoke", CLAIMS, tiny | dict(reuse="true"))
+    assert not list((clone / "runs").rglob("model.safetensors"))
+    assert (figures / "05_exponents.csv").read_text() == exponents and len(pl.read_parquet(figures / "runs.parquet")) == count
+
+
+def test_two_sweeps_at_once_make_each_run_once(tmp_path):
+    code = f"""if True:
+        from pathlib import Path
+        from xxact.materials import MaterialSet
+        from xxact.reproduce import finetune, keep_row, load_table
+        folder = Path({str(tmp_path)!r})
+        data = MaterialSet.from_table(load_table("prototypes:120", cache=folder), ["volume_per_atom"])
+        for seed in (0, 1):
+            run = finetune(data, folder, "composition", size="nano", epochs=3, batch_size=16, seed=seed, device="cpu")
+            keep_row(folder / "runs.parquet", "test", run)
+        print(run.results["hardware"])"""
+    subprocess.run([sys.executable, "-c", code.partition("for seed")[0]], check=True)  # the table is there
+    both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate()[1] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    rows = pl.read_parquet(tmp_path / "runs.parquet")
+    assert rows["seed"].sort().to_list() == [0, 1]
+    for name in rows["id"]:
+        steps = [json.loads(line)["step"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert steps == sorted(steps) and steps.count(steps[-1]) == 2  # training and validation, once
 
 
 def test_failing_notebook_stops_the_run(clone):
@@ -84,6 +131,10 @@ def test_failing_notebook_stops_the_run(clone):
     (["reproduce", "SEEDS="], "seeds is empty"),
     (["reproduce", "MODELS=,"], "models is empty"),
     (["reproduce", "SYMMETRY_WEIGHT=nan"], "must be finite"),
+    (["reproduce", "--all", "SHARES=5,20,100"], "must be numbers above 0 and up to 1"),
+    (["reproduce", "--all", "ARMS=mxn"], "arms='mxn' does not exist; choose from scratch"),
+    (["reproduce", "--only", "06_accuracy", "SPLITS=random"], "choose from composition, chemistry"),
+    (["reproduce", "SHARES=1"], "01_data, 02_pretrain, 03_finetune has no parameter 'shares'"),
     (["reproduce", "MODELS=all"], "choose from composition, xrd"),
     (["reproduce", "DATASET=nowhere.parquet"], "nowhere.parquet: no such file"),
     (["reproduce", "DATASET=prototypes:30", "TARGETS=band_gap"], "target='band_gap' does not exist; choose from volume_per_atom"),
@@ -147,7 +198,7 @@ def test_prepare_and_card(clone, capsys):
 
 def test_defaults_are_the_smoke_profile():
     for name, params in parameters(ROOT, "smoke", {}).items():
-        assert params["profile"] == "smoke" and params["dataset"] == "prototypes:2400", name
+        assert params["profile"] == "smoke" and params["dataset"] in ("prototypes:2400", "prototypes:800"), name
 
 
 def test_a_hash_of_digits_stays_text(tmp_path):

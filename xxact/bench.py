@@ -6,7 +6,7 @@
 __all__ = ['read_records', 'read_crystals', 'bench_diffraction', 'one_core', 'seconds_of', 'write_alexandria', 'bench_prepare',
            'bench_train', 'record']
 
-# %% ../nbs/14_bench.ipynb #b9d30671
+# %% ../nbs/14_bench.ipynb #b86a8f07
 import bz2
 import json
 import os
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -30,7 +30,7 @@ from .diffraction import CU_KA, TWO_THETA, Crystal, batch_reflections, crystal_r
 from .fusion import XxaCT, choose
 from .materials import MaterialSet
 from .reproduce import provenance
-from .trainer import Feed, Prepared, Pretraining, Supervised, compile_objective, draws, pick_device, pick_precision, train
+from .trainer import Feed, Prepared, Pretraining, Supervised, batch_indices, compile_objective, draws, pick_device, pick_precision, train
 
 # %% ../nbs/14_bench.ipynb #cd33fc07
 def read_records(
@@ -168,7 +168,7 @@ def bench_prepare(
                 projected_core_hours_5m=round(5e6 * seconds / rows / 3600, 2), n_entries=n, n_rows=rows, mean_sites=round(float(sites), 1),
                 bytes_per_entry=round(size / n))
 
-# %% ../nbs/14_bench.ipynb #481484bb
+# %% ../nbs/14_bench.ipynb #0a7a01f9
 def bench_train(
     data: MaterialSet,
     task: str = "pretrain",  # pretrain or finetune
@@ -197,36 +197,41 @@ def bench_train(
         model.fit_scale(data.targets[data.indices("train")])
         return Supervised(model)
 
-    trained, reference, feed = objective(), objective().to(where), Feed(data, lambda step: index[step * batch_size :][:batch_size], where, True)
-    prepare = lambda step: reference.prepare(feed(step), draws(1, step))
-    fixed, times, memory, peaks = prepare(0), dict(trainer=[], bare=[], prepare=[]), [], []
-    flops, optimiser = _flops(reference, fixed), torch.optim.AdamW(reference.parameters(), fused=True)
-    if compile == "on" or (compile == "auto" and gpu): compile_objective(reference, fixed, precision)
+    trained, reference, feed = objective(), objective().to(where), Feed(data, lambda step: batch_indices(index, batch_size, 0, step), where, True)
+    prepare = lambda step: reference.prepare(feed(step), draws(0, step))  # as the trainer does
+    times, memory, peaks = dict(trainer=[], bare=[], prepare=[]), [], []
+    few = data.batch(batch_indices(index, min(256, batch_size), 0, 0)).to(where)  # a GPU may be too small for more in fp32
+    flops = _flops(reference, reference.prepare(few, draws(0, 0))) * batch_size / len(few.composition)
+    optimiser = torch.optim.AdamW(reference.parameters(), fused=True)
+    if compile == "on" or (compile == "auto" and gpu): compile_objective(reference, prepare(0), precision)
 
-    def bare() -> None:
-        with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"): loss = reference(fixed)["loss"]
+    def bare(prepared: Prepared) -> None:
+        with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"): loss = reference(prepared)["loss"]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
 
-    def repeated(what: Callable[[int], object]) -> float:
-        def all_of_them() -> None:
-            for i in range(steps): what(i)
-            wait()
-        return seconds_of(all_of_them) / steps
+    def each(what: Callable[[object], object], of: Iterable[object]) -> tuple[float, list]:
+        "Seconds of a call, and what the calls return."
+        began, results = time.perf_counter(), list(map(what, of))
+        wait()
+        return (time.perf_counter() - began) / steps, results
 
     def pause() -> dict[str, float]:
-        "Ends a round of the trainer, and times the reference."
+        "Ends a round of the trainer, and times the reference on the same batches."
         wait()
         times["trainer"].append((time.perf_counter() - began[-1]) / steps)
         memory.append(torch.cuda.max_memory_allocated(where) if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        times["bare"].append(repeated(lambda _: bare()))
-        times["prepare"].append(repeated(prepare))
+        first = steps * len(times["bare"])
+        seconds, ready = each(prepare, range(first, first + steps))
+        times["prepare"].append(seconds)
+        times["bare"].append(each(bare, ready)[0])
         peaks.append(_matmul_peak(where, torch.bfloat16 if precision == "bf16" else torch.float32))
         began.append(time.perf_counter())
         return {}
 
     with tempfile.TemporaryDirectory() as folder:
+        if gpu: torch.cuda.reset_peak_memory_stats(where)
         began = [time.perf_counter()]
         train(trained, data, index, folder, epochs=1, batch_size=batch_size, device=str(where), precision=precision, compile=compile,
               evaluate=pause, eval_every=steps, description="bench")

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['N_ELEMENTS', 'DESCRIPTORS', 'SYMBOLS', 'ATOMIC_NUMBER', 'MAX_ELEMENTS', 'SPLITS', 'element_descriptors',
            'formula_amounts', 'tokens', 'parse_formula', 'composition_key', 'amounts_key', 'composition_hash',
-           'split_of', 'reduced_formula']
+           'split_of', 'reduced_formula', 'chemistry']
 
-# %% ../nbs/00_composition.ipynb #896d4c31
+# %% ../nbs/00_composition.ipynb #4da609b8
 import csv
 import hashlib
 import math
+from collections.abc import Iterable
 from fractions import Fraction
 from functools import cache
 from importlib.resources import files
@@ -126,3 +127,14 @@ def reduced_formula(amounts: dict[str, float]) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # noble gases have no electronegativity to sort by
         return Composition(_integers(amounts)).reduced_formula
+
+# %% ../nbs/00_composition.ipynb #b0fa345e
+_KINDS = dict(oxides=(8,), halides=(9, 17, 35, 53), chalcogenides=(16, 34, 52), pnictides=(7, 15, 33), others=(1, 5, 6, 14, 2, 10, 18, 36, 54))
+
+
+def chemistry(
+    atomic_numbers: Iterable[int],
+) -> str:  # oxides, halides, chalcogenides, pnictides, others (of H, B, C, Si, noble gases) or intermetallics
+    "Kind of a compound by its elements."
+    there = set(atomic_numbers)
+    return next((kind for kind, elements in _KINDS.items() if there & set(elements)), "intermetallics")

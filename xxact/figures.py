@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'COLUMN', 'style', 'axis_label', 'save_figure', 'plot_distributions', 'plot_patterns', 'plot_losses',
-           'plot_reconstructions', 'plot_parity', 'plot_comparison']
+           'plot_reconstructions', 'plot_parity', 'plot_comparison', 'plot_residuals', 'plot_convergence',
+           'plot_speed_ups', 'plot_scaling', 'plot_gains']
 
-# %% ../nbs/13_figures.ipynb #a2864b82
+# %% ../nbs/13_figures.ipynb #fcf8d6a9
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from .materials import CRYSTAL_SYSTEMS, TARGETS
 
 if TYPE_CHECKING:
     import polars as pl
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% ../nbs/13_figures.ipynb #e0451443
@@ -141,7 +143,7 @@ def plot_reconstructions(
     return fig, pl.DataFrame(dict(material_id=np.repeat(names, len(ln_q)), ln_q=np.tile(ln_q, n), pattern=truth.ravel(),
                                   reconstruction=predicted.ravel(), hidden=hidden.ravel()))
 
-# %% ../nbs/13_figures.ipynb #66bb889c
+# %% ../nbs/13_figures.ipynb #b4fd3576
 def plot_parity(
     predictions: "pl.DataFrame",  # columns model, target, truth, predicted
     at_most: int = 3000,  # points a panel
@@ -191,3 +193,125 @@ def plot_comparison(
         ax.set(xlabel=label, yticks=range(len(models)), yticklabels=models, ylim=(len(models) - 0.5, -0.7))
         ax.margins(x=0.2); ax.grid(axis="x", lw=0.3)
     return fig, results.select("model", "seed", *metrics)
+
+
+def plot_residuals(
+    predictions: "pl.DataFrame",  # columns model, target, truth, predicted
+) -> tuple["Figure", "pl.DataFrame"]:
+    "How large errors are: the share of materials whose absolute error is at least so large, a panel a target."
+    import matplotlib.pyplot as plt
+    import polars as pl
+
+    df = predictions.with_columns(error=(pl.col("predicted") - pl.col("truth")).abs()).filter(pl.col("error").is_finite())
+    targets = df["target"].unique(maintain_order=True).to_list()
+    fig, axes = plt.subplots(1, len(targets), figsize=(2.2 * len(targets), 2), squeeze=False, sharey=True)
+    for ax, t in zip(axes[0], targets):
+        for (m,), part in df.filter(target=t).group_by("model", maintain_order=True):
+            error = np.sort(part["error"])[::-1]
+            ax.loglog(error, np.arange(1, len(error) + 1) / len(error), label=m)
+        ax.set_xlabel(f"absolute error ({TARGETS[t]})"); ax.set_title(LABELS[t], fontsize=7)
+    axes[0, 0].set_ylabel("share at least so large"); axes[0, -1].legend(fontsize=6)
+    return fig, df.select("model", "target", "material_id", "error")
+
+# %% ../nbs/13_figures.ipynb #46776fe2
+def plot_convergence(
+    curves: "pl.DataFrame",  # columns arm, share, seed, metric, step, error
+    labels: dict[str, str],  # of the metrics
+) -> tuple["Figure", "pl.DataFrame"]:
+    "Validation errors along the way: a row a metric, a column a share of the labels; median and range over the seeds."
+    import matplotlib.pyplot as plt
+    import polars as pl
+
+    shares = sorted(curves["share"].unique())
+    fig, axes = plt.subplots(len(labels), len(shares), figsize=(2.1 * len(shares), 1.6 * len(labels)), squeeze=False, sharex="col")
+    error = pl.col("error")
+    band = curves.group_by("arm", "share", "metric", "step", maintain_order=True).agg(median=error.median(), low=error.min(), high=error.max())
+    for row, (metric, label) in zip(axes, labels.items()):
+        for ax, share in zip(row, shares):
+            here = band.filter(metric=metric, share=share)
+            for i, ((arm,), part) in enumerate(here.group_by("arm", maintain_order=True)):
+                ax.plot(part["step"], part["median"], color=f"C{i}", label=arm)
+                ax.fill_between(part["step"], part["low"], part["high"], color=f"C{i}", alpha=0.2, lw=0)
+            ax.set_yscale("log"); ax.set_ylim(here["low"].min() * 0.9, here["low"].min() * 2.5); _plain_numbers(ax)
+            if metric == next(iter(labels)): ax.set_title(f"{share:.0%} of the labels".replace("%", " %"), fontsize=7)
+        row[0].set_ylabel(label, fontsize=7)
+    for ax in axes[-1]: ax.set_xlabel("fine-tuning step")
+    axes[0, -1].legend(fontsize=6)
+    return fig, band
+
+
+def _plain_numbers(ax: "Axes") -> None:
+    "Label a logarithmic axis with small plain numbers."
+    import matplotlib.ticker as ticker
+    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5))); ax.yaxis.set_minor_locator(ticker.NullLocator())
+    ax.yaxis.set_major_formatter("{x:.3g}")
+    ax.tick_params(axis="y", which="both", labelsize=5)
+
+
+def plot_speed_ups(
+    speed: "pl.DataFrame",  # columns arm, share, seed, metric, steps (NaN: never)
+    labels: dict[str, str],  # of the metrics
+) -> tuple["Figure", "pl.DataFrame"]:
+    """Speed-up of every pretrained run, a panel a share of the labels: a bar from the slowest to the fastest seed, the median marked,
+    runs that never get there at the left edge."""
+    import matplotlib.pyplot as plt
+
+    shares, arms = sorted(speed["share"].unique()), speed["arm"].unique(maintain_order=True).to_list()
+    fig, axes = plt.subplots(1, len(shares), figsize=(2.1 * len(shares) + 1, 0.5 * len(labels) + 0.6), squeeze=False, sharey=True, sharex=True)
+    least = 0.25
+    for ax, share in zip(axes[0], shares):
+        for i, metric in enumerate(labels):
+            for j, arm in enumerate(arms):
+                x = np.sort(np.nan_to_num(speed.filter(share=share, metric=metric, arm=arm)["steps"].to_numpy(), nan=least))
+                y = i + 0.22 * (j - (len(arms) - 1) / 2)
+                ax.plot([x[0], x[-1]], [y, y], color=f"C{j + 1}", lw=1.5, alpha=0.5)
+                ax.plot(np.median(x), y, "o", ms=3.5, color=f"C{j + 1}", label=arm if i == 0 else None)
+        ax.axvline(1, color="0.4", lw=0.8); ax.axvline(4.2, color="0.7", lw=0.8, ls="--")
+        ax.set(xscale="log", xlabel="times as soon as scratch", ylim=(len(labels) - 0.5, -0.5))
+        ax.set_title(f"{share:.0%} of the labels".replace("%", " %"), fontsize=7, pad=10)
+        ax.set_xticks([least, 0.5, 1, 2, 4, 8], ["never", "½", "1", "2", "4", "8"]); ax.minorticks_off(); ax.tick_params(axis="x", labelsize=6)
+    axes[0, 0].set_yticks(range(len(labels)), labels.values(), fontsize=7)
+    axes[0, -1].text(4.2, -0.55, "paper: up to 4.2", fontsize=5, ha="center", va="bottom"); axes[0, -1].legend(fontsize=6, loc="lower right")
+    return fig, speed
+
+
+def plot_scaling(
+    points: "pl.DataFrame",  # columns measure, arm, n, error, low, high
+    labels: dict[str, str],  # of the measures
+    floors: dict[str, float],  # of some measures: the error of the best predictor that sees the composition only
+) -> tuple["Figure", "pl.DataFrame"]:
+    "Errors against the number of training materials on log-log axes, a panel a measure."
+    import matplotlib.pyplot as plt
+
+    arms, sizes = points["arm"].unique(maintain_order=True).to_list(), sorted(points["n"].unique())
+    fig, axes = plt.subplots(1, len(labels), figsize=(2.3 * len(labels), 2.5), squeeze=False)
+    for ax, (measure, label) in zip(axes[0], labels.items()):
+        for (arm,), part in points.filter(measure=measure).group_by("arm", maintain_order=True):
+            middle = part["error"].to_numpy()
+            bars = [middle - part["low"].to_numpy().clip(max=middle), part["high"].to_numpy().clip(min=middle) - middle]
+            aside = 1 + 0.03 * (arms.index(arm) - (len(arms) - 1) / 2)  # so that bars do not hide each other
+            ax.errorbar(part["n"] * aside, middle, bars, fmt="o-", ms=2.5, lw=1, elinewidth=0.8, label=arm)
+        if measure in floors: ax.axhline(floors[measure], color="0.5", ls="--", lw=0.8, label="composition floor")
+        ax.set(xscale="log", yscale="log", xlabel="training materials"); ax.set_title(label, fontsize=7); _plain_numbers(ax)
+        ax.set_xticks(sizes, [f"{n:,}" for n in sizes], fontsize=5, rotation=30); ax.set_xticks([], minor=True)
+    axes[0, 0].set_ylabel("error on the test split"); axes[0, 0].legend(fontsize=5)
+    return fig, points
+
+
+def plot_gains(
+    gains: "pl.DataFrame",  # columns target, group, materials, change, low, high
+) -> tuple["Figure", "pl.DataFrame"]:
+    "Relative change of the error by group of materials, with its interval; a panel a target."
+    import matplotlib.pyplot as plt
+
+    targets, groups = (gains[c].unique(maintain_order=True).to_list() for c in ("target", "group"))
+    fig, axes = plt.subplots(1, len(targets), figsize=(1.9 * len(targets) + 1.2, 0.17 * len(groups) + 0.7), squeeze=False, sharey=True)
+    for ax, t in zip(axes[0], targets):
+        for r in gains.filter(target=t).iter_rows(named=True):
+            y = groups.index(r["group"])
+            ax.plot([100 * r["low"], 100 * r["high"]], [y, y], color="C0", lw=1.2, alpha=0.6)
+            ax.plot(100 * r["change"], y, "o", ms=3, color="C0")
+        ax.axvline(0, color="0.4", lw=0.8); ax.set_title(LABELS[t], fontsize=7)
+        ax.set(xlabel="change of the error (%)", ylim=(len(groups) - 0.5, -0.5))
+    axes[0, 0].set_yticks(range(len(groups)), groups, fontsize=6)
+    return fig, gains

@@ -176,12 +176,13 @@ def drop_modalities(
     u = torch.rand(n, generator=generator)
     return torch.stack([u >= share, u < 1 - share], 1)
 
-# %% ../nbs/06_fusion.ipynb #44116738
+# %% ../nbs/06_fusion.ipynb #42e6e4b6
 def save_model(model: XxaCT, path: str | Path) -> None:
     "Write weights and configuration as safetensors, atomically."
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, temporary, {"config": json.dumps(model.config)})
+    try: save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, temporary, {"config": json.dumps(model.config)})
+    except SafetensorError as e: raise OSError(f"the weights could not be written to {path}: {e}") from e
     temporary.replace(path)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['TARGETS', 'CRYSTAL_SYSTEMS', 'TablePath', 'crystal_system', 'table_schema', 'write_table', 'table_metadata',
            'read_table', 'Batch', 'MaterialSet']
 
-# %% ../nbs/03_materials.ipynb #9ec900bb
+# %% ../nbs/03_materials.ipynb #5015e1c1
 import hashlib
 import json
 import os
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .composition import N_ELEMENTS, SPLITS, composition_hash, composition_key
+from .composition import N_ELEMENTS, SPLITS, SYMBOLS, composition_hash, composition_key, split_of
 from .diffraction import Reflections, upload
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def read_table(
     if df.is_empty(): raise ValueError(f"{_name(path)} is empty")
     return df
 
-# %% ../nbs/03_materials.ipynb #983b14a3
+# %% ../nbs/03_materials.ipynb #f39ae5b2
 _LN_D = (-1.5, 4.5)  # range of ln d (d in Å) on 16 bits
 _BITS = 65535
 _LIMITS = dict(d_spacing=(0.23, 90), intensity=(0, 1), atomic_numbers=(1, N_ELEMENTS), fractions=(0, 1))
@@ -304,6 +304,13 @@ class MaterialSet:
         "Places of the materials on one side of the split."
         if split not in SPLITS: raise ValueError(f"split={split!r} does not exist; choose from {', '.join(SPLITS)}")
         return torch.nonzero(self.split == SPLITS.index(split)).squeeze(1)
+
+    def split_by_chemistry(self) -> "MaterialSet":
+        "The same set split by its chemical systems instead of its compositions: no test material has just the elements of a training material."
+        ends = self.first_element.tolist()
+        systems = ["-".join(sorted(SYMBOLS[z] for z in self.atomic_numbers[a:b])) for a, b in zip(ends, ends[1:])]
+        side = {s: SPLITS.index(split_of(s)) for s in set(systems)}
+        return replace(self, split=torch.tensor([side[s] for s in systems], dtype=torch.uint8))
 
     def fingerprint(self) -> str:
         "Hash of the contents, for a run's id."

@@ -8,7 +8,7 @@ __all__ = ['NEARLY_SOLVED', 'RECIPE', 'REQUEUE', 'EXPLODED', 'draws', 'batch_ind
            'read_log', 'Terminated', 'gone_wrong', 'Best', 'held_out_losses', 'train', 'averaged', 'Predictions',
            'predict', 'main', 'launch', 'run_id']
 
-# %% ../nbs/09_trainer.ipynb #a740d83f
+# %% ../nbs/09_trainer.ipynb #37f5514c
 import argparse
 import hashlib
 import json
@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -309,7 +310,7 @@ def _deterministic(on: bool) -> Iterator[None]:
     try: yield
     finally: torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
-# %% ../nbs/09_trainer.ipynb #69850ead
+# %% ../nbs/09_trainer.ipynb #c93498b1
 def learning_rate(
     step: int,
     steps: int,  # of the whole run
@@ -328,11 +329,13 @@ def pick_device(device: str = "auto") -> torch.device:
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device}, but there is no GPU here; use cpu or auto")
-    if device.partition(":")[0] not in ("cpu", "cuda"): raise ValueError(f"device={device} does not exist; choose from auto, cpu, cuda")
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or not (number or "0").isdecimal() or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device={device} does not exist; choose from auto, cpu, cuda")
     if device == "cuda": return torch.device("cuda", torch.cuda.current_device())  # threads have a current device of their own
     return torch.device(device)
 
-# %% ../nbs/09_trainer.ipynb #095149d7
+# %% ../nbs/09_trainer.ipynb #77c4af1b
 RECIPE = 3  # 2: perturbed reflections are put in order again before peaks are merged; 3: sum of log losses
 
 
@@ -392,12 +395,17 @@ class _State:
         damaged = []
         for path in (self.path, self.previous):
             if not path.exists(): continue
-            try: state = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                with zipfile.ZipFile(path) as z:
+                    if bad := z.testzip(): raise ValueError(bad)  # a checksum does not fit; torch.load does not look
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                saved = state["settings"]
             except Exception as e: damaged.append(f"{path} is damaged ({type(e).__name__})"); continue
-            if differ := [k for k in self.settings if state["settings"].get(k) != self.settings[k]]:
-                was, now = state["settings"].get(differ[0]), self.settings[differ[0]]
+            if differ := [k for k in self.settings if saved.get(k) != self.settings[k]]:
+                was, now = saved.get(differ[0]), self.settings[differ[0]]
                 raise ValueError(f"{path} belongs to a run with {differ[0]}={was}, not {now}; use another folder")
             for problem in damaged: warnings.warn(f"{problem}; going on from {path.name}, step {state['step']}", stacklevel=3)
+            if damaged and processes()[0] == 0: self.path.unlink()  # or the next checkpoint would put it in place of the good one
             try:
                 self.objective.load_state_dict(state["objective"])
                 self.optimiser.load_state_dict(state["optimiser"])
@@ -466,7 +474,7 @@ def held_out_losses(
         for k, v in losses.items(): sums[k] = sums.get(k, 0.0) + v * (len(chosen) / len(index))
     return {k: float(v) for k, v in sums.items()}
 
-# %% ../nbs/09_trainer.ipynb #f6875ae3
+# %% ../nbs/09_trainer.ipynb #2b6bce95
 def train(
     objective: Supervised | Pretraining,
     data: MaterialSet,
@@ -504,6 +512,7 @@ def train(
         raise ValueError(f"batch_size={batch_size} is larger than the training split of {len(index)} materials; lower it")
     rank, world = processes()
     if batch_size % world: raise ValueError(f"batch_size={batch_size} cannot be shared by {world} processes; give a multiple of {world}")
+    if log_every < 1: raise ValueError(f"log_every={log_every} must be at least 1")
     if patience < 0 or (patience and held_out is None): raise ValueError(f"patience={patience} must not be negative, and needs held_out materials")
     if held_out is not None and len(held_out) < world: raise ValueError(f"{len(held_out)} materials are held out; {world} or more are needed")
     folder, where = Path(folder), pick_device(device)
@@ -519,9 +528,12 @@ def train(
     average = {k: p.detach().clone() for k, p in objective.named_parameters()}
     settings = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule, ema=ema,
                     grad_clip=grad_clip, seed=seed, precision=precision, patience=patience, materials=_digest(index), recipe=RECIPE,
-                    held_out="" if held_out is None else _digest(held_out), **objective.settings, **objective.model.config)
+                    held_out="" if held_out is None else _digest(held_out), data=data.fingerprint(), first_weights=_digest(*average.values()),
+                    **objective.settings, **objective.model.config)
     state = _State(folder / "state.pt", settings, objective, optimiser, average)
     start, rest = state.load()
+    if total(torch.tensor(float(start), device=where)) != world * start:
+        raise ValueError(f"process {rank} found a checkpoint of step {start} in {folder}, others did not; all must see one folder")
     seconds, sums, smallest = rest.get("seconds", 0.0), rest.get("sums", {}), rest.get("smallest", {})
     best = Best(**rest.get("best", {}))
     if rank == 0:
@@ -559,7 +571,7 @@ def train(
 
     with Terminated() as terminated, _deterministic(deterministic), _memory(batch_size, world):
         if compile == "on" or (compile == "auto" and where.type == "cuda"): compile_objective(objective, prepare(start), precision)
-        module = DistributedDataParallel(objective, find_unused_parameters=True) if world > 1 else objective
+        module = DistributedDataParallel(objective, static_graph=True) if world > 1 else objective  # the same parameters are unused in every step
         clock = saved = time.monotonic()
         bar = tqdm(desc=description, initial=start * batch_size, total=steps * batch_size, unit=" materials", unit_scale=True, mininterval=1,
                    **(dict(disable=True) if rank else {}))  # the first process obeys TQDM_DISABLE
@@ -570,17 +582,18 @@ def train(
             bar.update(batch_size)
             elapsed = seconds + time.monotonic() - clock
             stop, read = terminated.asked, done % log_every == 0 or done == steps
-            if read:
+            if read or (stop and world == 1):  # nothing is saved unseen
                 row = {k: float(v) / (step % log_every + 1) for k, v in sums.items()}
-                sums = {}
                 if name := gone_wrong(row, smallest): raise explain(done, name, row[name])
+            if read:
+                sums = {}
                 smallest = {k: min(v, smallest.get(k, v)) for k, v in row.items() if k not in ("loss", "matched", "grad_norm")}
                 row = dict(steps=steps, epoch=done / per_epoch, seconds=round(elapsed, 3), lr=optimiser.param_groups[0]["lr"], **row)
                 if rank == 0: log.write(step=done, **row)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                 if world > 1: stop = bool(total(torch.tensor(float(stop), device=where)))
             if (evaluate or held_out is not None) and (done % eval_every == 0 or done == steps):
-                scores = {}
+                scores, began = {}, time.monotonic()
                 with averaged(objective, average):
                     if held_out is not None: scores = held_out_losses(objective, feed.data, held_out, batch_size, precision)
                     if evaluate and rank == 0: scores |= evaluate()
@@ -590,6 +603,7 @@ def train(
                     scores["best_step"] = best.step
                 if rank == 0: log.write(step=done, seconds=round(elapsed, 3), **{f"val_{k}": v for k, v in scores.items()})
                 if world > 1: dist.barrier()
+                clock += time.monotonic() - began  # the seconds of a run are those of training
                 if patience and best.stale >= patience and done < steps:
                     if rank == 0: print(f"{description}: stopped at step {done} of {steps}, none was better than {best.step}", file=sys.stderr)
                     break
@@ -608,7 +622,10 @@ def train(
     objective.eval()
 
 
-def _digest(index: Tensor) -> str: return hashlib.sha256(index.numpy().tobytes()).hexdigest()[:12]
+def _digest(*tensors: Tensor) -> str:
+    h = hashlib.sha256()
+    for t in tensors: h.update(t.cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()[:12]
 
 
 class averaged:
@@ -651,7 +668,7 @@ def predict(
         parts.append([model.in_units(out.targets), out.crystal_system.softmax(1), out.space_group.softmax(1)])
     return Predictions(*(torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True)))
 
-# %% ../nbs/09_trainer.ipynb #36735909
+# %% ../nbs/09_trainer.ipynb #d6a6e209
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `python -m xxact.trainer`. Ends with 2 and one line for input that cannot work, with 75 after a SIGTERM."
     parser = argparse.ArgumentParser("python -m xxact.trainer", description="Train from the file of a MaterialSet; with torchrun on several GPUs.")
@@ -675,14 +692,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a = parser.parse_args(arguments)
     try:
         world = int(os.environ.get("WORLD_SIZE", 1))
-        if world > 1 and torch.cuda.is_available() and a.device in ("auto", "cuda"): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if world > 1 and torch.cuda.is_available() and a.device in ("auto", "cuda"):
+            torch.cuda.set_device(pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
         device = pick_device(a.device)
         if world > 1:
             _meet("nccl" if device.type == "cuda" else "gloo", timedelta(minutes=a.timeout))
         _train_from_file(a, device)
         return 0
     except (ValueError, RuntimeError, OSError) as e:
-        if processes()[0] == 0: print(f"xxact.trainer: {' '.join(str(e).split())}", file=sys.stderr)
+        rank = processes()[0]
+        print(f"xxact.trainer:{f' process {rank}:' if rank else ''} {' '.join(str(e).split())}", file=sys.stderr)
         return 2 if isinstance(e, ValueError) else 1
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
@@ -712,7 +731,8 @@ def _train_from_file(a: argparse.Namespace, device: torch.device) -> None:
         model = XxaCT(a.size, a.modalities, a.fusion, a.tokeniser, data.target_names)
         model.fit_scale(data.targets[index])
         if a.pretrained: start_from(model, a.pretrained)
-        evaluate = (lambda: scores(predict(model, data, held_out), data, held_out)) if len(held_out) else None
+        some = held_out[:: max(1, len(held_out) // 10_000)]  # enough to tell, whatever the size of the set
+        evaluate = (lambda: scores(predict(model, data, some), data, some)) if len(some) else None
         train(Supervised(model, augment=a.augment), data, index, a.folder, evaluate=evaluate, **options)
         objective = model
     if processes()[0] == 0: save_model(getattr(objective, "model", objective), a.folder / "model.safetensors")
