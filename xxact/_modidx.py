@@ -389,6 +389,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'xxact.trainer.Feed._gather': ('trainer.html#feed._gather', 'xxact/trainer.py'),
                                'xxact.trainer.Log': ('trainer.html#log', 'xxact/trainer.py'),
                                'xxact.trainer.Log.__init__': ('trainer.html#log.__init__', 'xxact/trainer.py'),
+                               'xxact.trainer.Log.close': ('trainer.html#log.close', 'xxact/trainer.py'),
                                'xxact.trainer.Log.write': ('trainer.html#log.write', 'xxact/trainer.py'),
                                'xxact.trainer.Predictions': ('trainer.html#predictions', 'xxact/trainer.py'),
                                'xxact.trainer.Prepared': ('trainer.html#prepared', 'xxact/trainer.py'),

@@ -8,7 +8,7 @@ __all__ = ['NEARLY_SOLVED', 'RECIPE', 'REQUEUE', 'EXPLODED', 'draws', 'batch_ind
            'read_log', 'Terminated', 'gone_wrong', 'Best', 'held_out_losses', 'train', 'averaged', 'Predictions',
            'predict', 'main', 'launch', 'run_id']
 
-# %% ../nbs/09_trainer.ipynb #37f5514c
+# %% ../nbs/09_trainer.ipynb #bbecaf74
 import argparse
 import hashlib
 import json
@@ -23,7 +23,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -335,7 +335,7 @@ def pick_device(device: str = "auto") -> torch.device:
     if device == "cuda": return torch.device("cuda", torch.cuda.current_device())  # threads have a current device of their own
     return torch.device(device)
 
-# %% ../nbs/09_trainer.ipynb #77c4af1b
+# %% ../nbs/09_trainer.ipynb #b9dd7a8d
 RECIPE = 3  # 2: perturbed reflections are put in order again before peaks are merged; 3: sum of log losses
 
 
@@ -354,6 +354,10 @@ class Log:
         "Append one line."
         with open(self.path, "a") as f: f.write(json.dumps(dict(step=step, **row)) + "\n")
         for k, v in row.items() if self.board else (): self.board.add_scalar(k, v, step)
+
+    def close(self) -> None:
+        "End the thread that writes the events."
+        if self.board: self.board.close()
 
 
 def read_log(path: str | Path) -> list[dict]:
@@ -474,7 +478,7 @@ def held_out_losses(
         for k, v in losses.items(): sums[k] = sums.get(k, 0.0) + v * (len(chosen) / len(index))
     return {k: float(v) for k, v in sums.items()}
 
-# %% ../nbs/09_trainer.ipynb #2b6bce95
+# %% ../nbs/09_trainer.ipynb #95da07ab
 def train(
     objective: Supervised | Pretraining,
     data: MaterialSet,
@@ -569,7 +573,7 @@ def train(
         return ValueError(f"{name} is {value:g} at step {step} ({', '.join(lines['materials'][:3])} …, all in {folder / 'bad_step.json'}); "
                           f"lower lr (now {lr:g}), or look at these materials")
 
-    with Terminated() as terminated, _deterministic(deterministic), _memory(batch_size, world):
+    with Terminated() as terminated, _deterministic(deterministic), _memory(batch_size, world), closing(log) if rank == 0 else nullcontext():
         if compile == "on" or (compile == "auto" and where.type == "cuda"): compile_objective(objective, prepare(start), precision)
         module = DistributedDataParallel(objective, static_graph=True) if world > 1 else objective  # the same parameters are unused in every step
         clock = saved = time.monotonic()
