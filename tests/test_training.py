@@ -148,6 +148,18 @@ def test_other_data_or_other_first_weights_are_another_run(data_file, tmp_path):
     with pytest.raises(ValueError, match="belongs to a run with"): trained("finetune", data, tmp_path)
 
 
+def test_targets_without_labels_are_left_out_and_said(data_file, tmp_path):
+    data = MaterialSet.load(data_file)
+    unknown = torch.full((len(data), 1), torch.nan)
+    data.targets, data.target_names = torch.cat([data.targets, unknown], 1), ("volume_per_atom", "band_gap")
+    data.save(tmp_path / "set.safetensors")
+    process = start(*arguments("finetune", tmp_path / "set.safetensors", tmp_path / "run", epochs=1))
+    assert "without labels, so not learned: band_gap" in process.communicate()[1] and process.returncode == 0
+    for targets, message in (("band_gap", "has 0 labels in the training split; at least 2"), ("density", "the set has no target 'density'")):
+        process = start(*arguments("finetune", tmp_path / "set.safetensors", tmp_path / "other", targets=targets))
+        assert message in process.communicate()[1] and process.returncode == 2
+
+
 def test_a_sigterm_does_not_save_what_has_gone_wrong(data_file, tmp_path):
     class Poisoned(Supervised):
         def forward(self, p):

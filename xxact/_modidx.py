@@ -212,6 +212,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'xxact/materials.py'),
                                  'xxact.materials.MaterialSet.tensors': ('materials.html#materialset.tensors', 'xxact/materials.py'),
                                  'xxact.materials.MaterialSet.to': ('materials.html#materialset.to', 'xxact/materials.py'),
+                                 'xxact.materials.MaterialSet.with_targets': ( 'materials.html#materialset.with_targets',
+                                                                               'xxact/materials.py'),
                                  'xxact.materials._flatten': ('materials.html#_flatten', 'xxact/materials.py'),
                                  'xxact.materials._name': ('materials.html#_name', 'xxact/materials.py'),
                                  'xxact.materials._pack': ('materials.html#_pack', 'xxact/materials.py'),

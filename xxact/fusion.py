@@ -76,7 +76,7 @@ class CrossFusion(nn.Module):
         first = self.absent[i].expand(len(t.x), 1, -1)
         return Tokens(torch.cat([first.to(t.x.dtype), t.x], 1), torch.cat([torch.ones_like(keep[:, :1]), t.mask & keep[:, i : i + 1]], 1))
 
-# %% ../nbs/06_fusion.ipynb #e6b5d414
+# %% ../nbs/06_fusion.ipynb #5fdffadb
 class Output(NamedTuple):
     "What the model says about a batch."
 
@@ -158,7 +158,8 @@ class XxaCT(nn.Module):
         y = self._log(targets)
         for i, name in enumerate(self.config["targets"]):
             known = y[:, i][y[:, i].isfinite()]
-            if len(known) < 2: raise ValueError(f"target {name!r} has {len(known)} labels in the training split; at least 2 are needed")
+            if len(known) < 2:
+                raise ValueError(f"target {name!r} has {len(known)} labels in the training split; at least 2 are needed, or leave it out")
             self.target_mean[i], self.target_std[i] = known.mean(), known.std().clamp(min=1e-6)
 
     def _log(self, targets: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def read_table(
     if df.is_empty(): raise ValueError(f"{_name(path)} is empty")
     return df
 
-# %% ../nbs/03_materials.ipynb #f39ae5b2
+# %% ../nbs/03_materials.ipynb #53bcf3ff
 _LN_D = (-1.5, 4.5)  # range of ln d (d in Å) on 16 bits
 _BITS = 65535
 _LIMITS = dict(d_spacing=(0.23, 90), intensity=(0, 1), atomic_numbers=(1, N_ELEMENTS), fractions=(0, 1))
@@ -304,6 +304,12 @@ class MaterialSet:
         "Places of the materials on one side of the split."
         if split not in SPLITS: raise ValueError(f"split={split!r} does not exist; choose from {', '.join(SPLITS)}")
         return torch.nonzero(self.split == SPLITS.index(split)).squeeze(1)
+
+    def with_targets(self, names: Sequence[str]) -> "MaterialSet":
+        "The same set with some of its targets. Raises `ValueError` for one that it does not have."
+        if missing := [t for t in names if t not in self.target_names]:
+            raise ValueError(f"the set has no target {missing[0]!r}; it has {', '.join(self.target_names) or 'none'}")
+        return replace(self, targets=self.targets[:, [self.target_names.index(t) for t in names]], target_names=tuple(names))
 
     def split_by_chemistry(self) -> "MaterialSet":
         "The same set split by its chemical systems instead of its compositions: no test material has just the elements of a training material."

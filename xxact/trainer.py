@@ -478,7 +478,7 @@ def held_out_losses(
         for k, v in losses.items(): sums[k] = sums.get(k, 0.0) + v * (len(chosen) / len(index))
     return {k: float(v) for k, v in sums.items()}
 
-# %% ../nbs/09_trainer.ipynb #95da07ab
+# %% ../nbs/09_trainer.ipynb #3907b504
 def train(
     objective: Supervised | Pretraining,
     data: MaterialSet,
@@ -510,7 +510,8 @@ def train(
     are held out. Raises `ValueError` for settings that cannot work and for a loss that went wrong, `RuntimeError` where memory is short,
     `SystemExit(75)` after a SIGTERM."""
     choose("schedule", schedule, ("cosine", "constant")); choose("compile", compile, ("auto", "on", "off"))
-    if weight_decay < 0 or lr < 0: raise ValueError(f"weight_decay={weight_decay} and lr={lr} must not be negative")
+    if not (0 <= weight_decay < math.inf and 0 <= lr < math.inf) or seed < 0:
+        raise ValueError(f"weight_decay={weight_decay}, lr={lr} and seed={seed} must be finite and not negative")
     if batch_size < 1 or epochs < 1: raise ValueError(f"batch_size={batch_size} and epochs={epochs} must be at least 1")
     if batch_size > len(index):
         raise ValueError(f"batch_size={batch_size} is larger than the training split of {len(index)} materials; lower it")
@@ -672,7 +673,7 @@ def predict(
         parts.append([model.in_units(out.targets), out.crystal_system.softmax(1), out.space_group.softmax(1)])
     return Predictions(*(torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True)))
 
-# %% ../nbs/09_trainer.ipynb #d6a6e209
+# %% ../nbs/09_trainer.ipynb #d243bba0
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `python -m xxact.trainer`. Ends with 2 and one line for input that cannot work, with 75 after a SIGTERM."
     parser = argparse.ArgumentParser("python -m xxact.trainer", description="Train from the file of a MaterialSet; with torchrun on several GPUs.")
@@ -680,6 +681,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("data", type=Path, help="file that MaterialSet.save wrote")
     parser.add_argument("folder", type=Path, help="where log, checkpoints and weights go; what is there is resumed")
     parser.add_argument("--pretrained", type=Path, metavar="FILE", help="model.safetensors of a pretraining, to start a finetuning from")
+    parser.add_argument("--targets", default="", help="to learn in fine-tuning, comma-separated (default: all that have labels)")
     parser.add_argument("--modalities", default="both", help="both, composition or xrd (default: both)")
     for name, value, text in (("size", "small", "nano, small, base or large"), ("fusion", "cross", "cross or concat"),
                               ("tokeniser", "peaks", "peaks or patches"), ("mxm-weight", 1.0, "in pretraining"),
@@ -732,6 +734,9 @@ def _train_from_file(a: argparse.Namespace, device: torch.device) -> None:
         train(objective, data, index, a.folder, **options)
     else:
         from xxact.evaluate import scores
+        bare = [t for t, n in zip(data.target_names, data.targets[index].isfinite().sum(0)) if n < 2]
+        data = data.with_targets([t.strip() for t in a.targets.split(",")] if a.targets else [t for t in data.target_names if t not in bare])
+        if bare and not a.targets and processes()[0] == 0: print(f"without labels, so not learned: {', '.join(bare)}", file=sys.stderr)
         model = XxaCT(a.size, a.modalities, a.fusion, a.tokeniser, data.target_names)
         model.fit_scale(data.targets[index])
         if a.pretrained: start_from(model, a.pretrained)
