@@ -259,7 +259,7 @@ def test_a_target_without_labels_and_a_file_of_something_else(data_file, tmp_pat
     data.targets, data.space_group = data.targets * torch.nan, data.space_group * 0
     data.save(tmp_path / "empty.safetensors")
     save_file({"x": torch.zeros(3)}, tmp_path / "other.safetensors")
-    for name, message in (("empty", "no target and no space group has labels"), ("other", "is no MaterialSet file"), ("missing", "is no MaterialSet file")):
+    for name, message in (("empty", "no target and no space group has labels"), ("other", "is no MaterialSet"), ("missing", "is no MaterialSet")):
         process = start(*arguments("finetune", tmp_path / f"{name}.safetensors", tmp_path / "x"))
         assert message in process.communicate()[1] and process.returncode == 2
 

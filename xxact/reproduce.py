@@ -356,7 +356,7 @@ def _check_sides(data: MaterialSet) -> None:
         if not len(data.indices(side)):
             raise ValueError(f"none of the {len(data)} materials falls on the {side} side of the split; more compositions are needed")
 
-# %% ../nbs/12_reproduce.ipynb #d0dcd1f6
+# %% ../nbs/12_reproduce.ipynb #aa49f299
 def pretrain(
     data: MaterialSet,
     folder: Path,  # runs/<experiment>
@@ -381,7 +381,7 @@ def pretrain(
     run = Run(folder, params, data.fingerprint(), rows)
     run.repeat = lambda: pretrain(data, folder, **params, device=device)
     if run.results: return run
-    index, held_out = _training_materials(data, materials), data.indices("val")
+    index, held_out = _first(data, "train", materials), data.indices("val")
     with run.lock():
         if run.results: return run  # another process was first
         torch.manual_seed(seed)
@@ -407,12 +407,12 @@ def enough_epochs(
     return max(epochs, -(-min_steps // max(1, n // batch_size)))
 
 
-def _training_materials(data: MaterialSet, materials: int) -> Tensor:
-    "The first training materials in the order of their composition's hash, so that smaller sets are parts of larger ones; 0: all."
+def _first(data: MaterialSet, side: str, materials: int) -> Tensor:
+    "The first materials of a side in the order of their composition's hash, so that smaller sets are parts of larger ones; 0: all."
     _check_sides(data)
-    index = data.indices("train")
+    index, name = data.indices(side), {"train": "materials", "val": "validation_materials"}[side]
     if not 0 <= materials <= len(index):
-        raise ValueError(f"materials={materials}, but the training split has {len(index)}; give 0 (all) to {len(index)}")
+        raise ValueError(f"{name}={materials}, but there are {len(index)} on the side {side!r} of the splits; give 0 (all) to {len(index)}")
     return index[data.composition[index].argsort(stable=True)][: materials or None]
 
 
@@ -455,7 +455,7 @@ def pretraining_scores(
             result |= {f"{name}_{k}": v for k, v in retrieval(query, pool, data.composition[index]).items()}
     return result
 
-# %% ../nbs/12_reproduce.ipynb #78ab654f
+# %% ../nbs/12_reproduce.ipynb #c269e6b6
 def finetune(
     data: MaterialSet,
     folder: Path,  # runs/<experiment>
@@ -475,6 +475,7 @@ def finetune(
     materials: int = 0,  # training materials, the first in the order of their hash; 0: all
     min_steps: int = 0,  # more epochs where they would be fewer steps
     evaluations: int = 0,  # on the validation split, on the way; 0: one an epoch
+    validation_materials: int = 0,  # for these evaluations, the first in the order of their hash; 0: all
     best: bool = False,  # keep the weights that were best on the validation split, not the last
     seed: int = 0,
     device: str = "auto",
@@ -485,10 +486,10 @@ def finetune(
     params = dict(modalities=modalities, pretrained=pretrained.id if pretrained else "", size=size, tokeniser=tokeniser, fusion=fusion,
                   symmetry_weight=symmetry_weight, modality_dropout=modality_dropout, augment=augment, epochs=epochs, batch_size=batch_size,
                   lr=lr, weight_decay=weight_decay, schedule=schedule, materials=materials, min_steps=min_steps, evaluations=evaluations,
-                  best=best, seed=seed)
+                  validation_materials=validation_materials, best=best, seed=seed)
     run = Run(folder, params, data.fingerprint(), rows)
     if run.results: return run
-    index, val, test = _training_materials(data, materials), data.indices("val"), data.indices("test")
+    index, watched, val, test = _first(data, "train", materials), _first(data, "val", validation_materials), data.indices("val"), data.indices("test")
     with run.lock():
         if run.results: return run  # another process was first
         torch.manual_seed(seed)
@@ -499,7 +500,7 @@ def finetune(
         epochs = enough_epochs(epochs, len(index), batch_size, min_steps)
         train(Supervised(model, symmetry_weight, modality_dropout, augment), data, index, run.folder, epochs=epochs, batch_size=batch_size, lr=lr,
               weight_decay=weight_decay, schedule=schedule, seed=seed, device=device, description=f"{modalities} {run.id}",
-              evaluate=lambda: _validation(model, data, val), held_out=val if best else None,
+              evaluate=lambda: _validation(model, data, watched), held_out=watched if best else None,
               eval_every=max(1, epochs * (len(index) // batch_size) // evaluations) if evaluations else 0)
         model.cpu()
         save_model(model, run.folder / "model.safetensors")

@@ -673,7 +673,7 @@ def predict(
         parts.append([model.in_units(out.targets), out.crystal_system.softmax(1), out.space_group.softmax(1)])
     return Predictions(*(torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True)))
 
-# %% ../nbs/09_trainer.ipynb #63781ab8
+# %% ../nbs/09_trainer.ipynb #cb830147
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `python -m xxact.trainer`. Ends with 2 and one line for input that cannot work, with 75 after a SIGTERM."
     parser = argparse.ArgumentParser("python -m xxact.trainer", description="Train from the file of a MaterialSet; with torchrun on several GPUs.")
@@ -736,7 +736,8 @@ def _train_from_file(a: argparse.Namespace, device: torch.device) -> None:
         from xxact.evaluate import scores
         bare = [t for t, n in zip(data.target_names, data.targets[index].isfinite().sum(0)) if n < 2]
         data = data.with_targets([t.strip() for t in a.targets.split(",")] if a.targets else [t for t in data.target_names if t not in bare])
-        if not data.target_names and not data.space_group[index].any(): raise ValueError(f"no target and no space group has labels in the training split of {a.data}")
+        if not data.target_names and not data.space_group[index].any():
+            raise ValueError(f"no target and no space group has labels in the training split of {a.data}")
         if bare and not a.targets and processes()[0] == 0: print(f"without labels, so not learned: {', '.join(bare)}", file=sys.stderr)
         model = XxaCT(a.size, a.modalities, a.fusion, a.tokeniser, data.target_names)
         model.fit_scale(data.targets[index])
