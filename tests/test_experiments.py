@@ -149,6 +149,8 @@ def test_failing_notebook_stops_the_run(clone):
     (["bench", "train", "--dataset", "prototypes:30", "--size", "medium"], "choose from nano"),
     (["bench", "train", "--dataset", "prototypes:30", "--steps", "-1"], "must not be negative"),
     (["bench", "train", "--dataset", "README.safetensors"], "is no MaterialSet file"),
+    (["bench", "sweeps", "--dataset", "prototypes:30", "--profile", "desk"], "choose from smoke, laptop"),
+    (["bench", "sweeps", "--dataset", "prototypes:30", "--labelled", "-3"], "must be numbers of materials"),
     (["prepare", "missing.csv", "--out", "t.parquet"], "missing.csv: no such file"),
     (["data", "card", "missing.parquet"], "does not exist; `xxact prepare"),
     (["data", "card", "settings.ini"], "is not a Parquet table"),

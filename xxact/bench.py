@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_records', 'read_crystals', 'bench_diffraction', 'one_core', 'seconds_of', 'write_alexandria', 'bench_prepare',
-           'bench_train', 'record']
+           'bench_train', 'sweep_passes', 'bench_sweeps', 'record']
 
-# %% ../nbs/14_bench.ipynb #b86a8f07
+# %% ../nbs/14_bench.ipynb #7fb046bd
 import bz2
 import json
 import os
@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .diffraction import CU_KA, TWO_THETA, Crystal, batch_reflections, crystal_reflections, render
 from .fusion import XxaCT, choose
 from .materials import MaterialSet
-from .reproduce import provenance
+from .reproduce import SWEEPS, parameters, project_root, provenance, split_list
 from .trainer import Feed, Prepared, Pretraining, Supervised, batch_indices, compile_objective, draws, pick_device, pick_precision, train
 
 # %% ../nbs/14_bench.ipynb #cd33fc07
@@ -256,6 +256,54 @@ def _matmul_peak(device: torch.device, dtype: torch.dtype) -> float:  # operatio
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(seconds_of(lambda: (a @ b)[0, 0].item()) for _ in range(5))
+
+# %% ../nbs/14_bench.ipynb #9290255f
+def sweep_passes(
+    name: str,  # 04_convergence, 05_data_scaling or 06_accuracy
+    p: dict[str, Any],  # its parameters
+    labelled: int,  # training materials with labels
+    unlabelled: int,  # training materials to pretrain on
+) -> dict[str, float]:
+    "How often a sweep passes a material through the network, in pretraining and in fine-tuning."
+    seeds, validation = len(split_list(p["seeds"])), p.get("validation_materials") or labelled / 8
+    enough = lambda n, epochs, steps, batch: max(n * epochs, steps * batch)
+    if name == "06_accuracy":
+        models = split_list(p["models"])
+        runs = [m for s in split_list(p["splits"]) for m in (split_list(p["models_by_chemistry"]) if s == "chemistry" else []) or models]
+        pretrained = len(split_list(p["splits"])) * any(m.endswith("-pretrained") for m in runs)
+        return dict(pretrain=pretrained * p["pretrain_epochs"] * unlabelled, finetune=seeds * len(runs) * p["epochs"] * (labelled + validation / 3))
+    arms, sizes = split_list(p["arms"]), [float(s) * labelled for s in split_list(p["shares"])]
+    if name == "04_convergence":
+        fine = sum(enough(n, 1, p["steps"], p["batch_size"]) + p["evaluations"] * validation / 3 for n in sizes)
+        return dict(pretrain=seeds * sum(a != "scratch" for a in arms) * p["pretrain_epochs"] * unlabelled, finetune=seeds * len(arms) * fine)
+    same = sum(enough(n, p["pretrain_epochs"], p["pretrain_min_steps"], p["pretrain_batch_size"]) for n in sizes) if "both-same" in arms else 0
+    fine = sum(enough(n, p["epochs"], p["min_steps"], p["batch_size"]) + 20 * validation / 3 for n in sizes)
+    return dict(pretrain=seeds * (same + ("both-all" in arms) * p["pretrain_epochs"] * unlabelled), finetune=seeds * len(arms) * fine)
+
+
+def bench_sweeps(
+    data: MaterialSet,
+    profile: str = "laptop",
+    labelled: int = 0,  # training materials with labels; 0: those of the set
+    unlabelled: int = 0,  # training materials to pretrain on; 0: as many
+    device: str = "auto",
+    steps: int = 0,  # as in `bench_train`, like `rounds`
+    rounds: int = 5,
+) -> dict[str, object]:
+    "Hours that the sweeps of a profile will take on this device, at the speed it has here."
+    labelled = labelled or len(data.indices("train"))
+    unlabelled = unlabelled or labelled
+    if min(labelled, unlabelled) < 1: raise ValueError(f"labelled={labelled} and unlabelled={unlabelled} must be numbers of materials")
+    hours, speeds = {}, {}
+    for name, p in parameters(project_root(), profile, {}, SWEEPS).items():
+        for task, passes in sweep_passes(name, p, labelled, unlabelled).items():
+            key = task, p["size"], p["pretrain_batch_size" if task == "pretrain" else "batch_size"]
+            if key not in speeds: speeds[key] = bench_train(data, task, p["size"], device, key[2], steps, rounds)
+            hours[name] = hours.get(name, 0) + passes / speeds[key]["materials_per_s"] / 3600
+    of = lambda quantity: {f"{task}, {size}, batch {batch}": result[quantity] for (task, size, batch), result in speeds.items()}
+    return dict(bench="sweeps", profile=profile, labelled=labelled, unlabelled=unlabelled, **{f"hours_{k}": round(v, 2) for k, v in hours.items()},
+                hours=round(sum(hours.values()), 1), materials_per_s=of("materials_per_s"), ratio_to_bare_step=of("ratio_to_bare_step"),
+                device=pick_device(device).type)
 
 # %% ../nbs/14_bench.ipynb #bc8c5bee
 def record(
