@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from pymatgen.analysis.diffraction.xrd import XRDCalculator
 from pymatgen.core import Lattice, Structure
 
-from xxact.diffraction import (LN_Q, MEASUREMENTS, N_PEAKS, N_WINDOWS, NARROWEST, TWO_THETA, WAVELENGTHS, WINDOW, Crystal, Measurement, Reflections,
-                               batch_reflections, crystal_reflections, draw_measurement, lorentz_polarisation, peak_shape, peaks, reflections, render,
-                               structure_reflections, to_grid, two_theta_of, window_pattern)
+from xxact.diffraction import (LN_Q, MEASUREMENTS, N_PEAKS, N_WINDOWS, NARROWEST, TWO_THETA, WAVELENGTHS, WINDOW, Augmentation, Crystal,
+                               Measurement, Reflections, batch_reflections, crystal_reflections, draw_measurement, hide, lorentz_polarisation,
+                               observe, peak_shape, peaks, perturb, reflections, render, structure_reflections, to_grid, two_theta_of,
+                               window_pattern)
 from xxact.reproduce import main
 
 REAL = os.environ.get("XXACT_REAL_DATA")
@@ -378,6 +379,8 @@ def test_the_grid_marks_gaps():
     (dict(measurement=Measurement(background=-1)), "not be negative"),
     (dict(measurement=Measurement(wavelength=math.inf)), "must be finite"),
     (dict(measurement=Measurement(wavelength="Cu")), "number or a range"),
+    (dict(measurement=Measurement(zero_shift=(0.1, -0.1))), "number or a range"),
+    (dict(measurement=None), "must be a Measurement, or one of ideal"),
     (dict(measurement=Measurement(strain=-1)), "strain"),
     (dict(measurement=Measurement(two_theta_min=50.0, two_theta_max=40.0)), "below two_theta_max"),
     (dict(d_min=0), "d_min"),
@@ -385,6 +388,25 @@ def test_the_grid_marks_gaps():
 def test_bad_measurements(change, message):
     r = batch_reflections([reflections(*random_crystal(0))])
     with pytest.raises(ValueError, match=message): render(r, **change)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda r: peaks(r, n_peaks=0), "n_peaks=0 must be at least 1"),
+    (lambda r: peaks(r, resolution=0.0), "resolution=0.0 in degrees"),
+    (lambda r: peaks(r, weakest=math.nan), "weakest=nan from 0 to 1"),
+    (lambda r: perturb(r, Augmentation(strain=math.nan), torch.Generator()), "must be 0 or a positive number"),
+    (lambda r: perturb(r, Augmentation(loss=1.5), torch.Generator()), "loss at most 1"),
+    (lambda r: window_pattern(r, fwhm=math.nan), "a positive width in ln q"),
+    (lambda r: hide(r, torch.ones(1, 3, dtype=torch.bool)), r"it must be \(1, "),
+    (lambda r: observe(r, draw_measurement("ideal", 2)), "2 measurements of 1 materials"),
+])
+def test_settings_of_reflections_that_cannot_be(call, message):
+    with pytest.raises(ValueError, match=message): call(line(30))
+
+
+def test_numpy_numbers_measure_too():
+    ours, plain = (render(line(30), Measurement(wavelength=w)).intensity for w in (np.float32(1.5), 1.5))
+    assert torch.equal(ours, plain)
 
 
 def test_nothing_to_draw():
@@ -397,6 +419,8 @@ def test_nothing_to_draw():
 @pytest.mark.parametrize("change, message", [
     (dict(wavelength=-1.0), "wavelength"),
     (dict(two_theta=torch.linspace(5, 190, 100)), "within 0 to 180"),
+    (dict(two_theta=torch.linspace(90, 5, 100)), "90° is followed by 89.1414°"),
+    (dict(two_theta=torch.cat([torch.linspace(5, 90, 99), torch.tensor([math.nan])])), "must be numbers"),
     (dict(intensity=torch.ones(1, 99)), "must be"),
     (dict(intensity=torch.full((1, 100), math.nan)), "positive intensity"),
     (dict(wavelength=0.01), "within the model's range"),

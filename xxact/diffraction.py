@@ -11,10 +11,11 @@ __all__ = ['D_MIN', 'D_MAX', 'WEAKEST', 'EQUAL', 'WAVELENGTHS', 'CU_KA', 'TWO_TH
            'peaks', 'hide', 'Augmentation', 'perturb', 'Measurement', 'draw_measurement', 'observe', 'Patterns',
            'peak_shape', 'render', 'Grid', 'to_grid']
 
-# %% ../nbs/01_diffraction.ipynb #05122e8f
+# %% ../nbs/01_diffraction.ipynb #92490f2f
 import math
 from collections.abc import Sequence
 from functools import cache
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -363,7 +364,7 @@ def draw(
     spectrum = torch.fft.rfft(canvas.view(n, -1)) * _gaussian(torch.fft.rfftfreq(2 * n_points, step, device=position.device), fwhm)
     return torch.fft.irfft(spectrum, n=2 * n_points)[:, :n_points].clamp(min=0) / step
 
-# %% ../nbs/01_diffraction.ipynb #7cbeb35c
+# %% ../nbs/01_diffraction.ipynb #1bae2435
 N_WINDOWS, WINDOW_POINTS = 32, 32
 LN_Q = (ln_q_of(TWO_THETA[0]), ln_q_of(TWO_THETA[1]))  # the model's range
 WINDOW = (LN_Q[1] - LN_Q[0]) / N_WINDOWS  # width of a window in ln q
@@ -375,13 +376,14 @@ def window_pattern(
     points: int = WINDOW_POINTS,  # grid points a window
     fwhm: float = WINDOW_FWHM,  # Gaussian peak width in ln q
 ) -> Tensor:  # (n, N_WINDOWS, points)
-    "√-intensity pattern in windows of equal ln q, strongest point 1."
+    "√-intensity pattern in windows of equal ln q, strongest point 1. Raises `ValueError` for a width or a number of points that cannot be."
+    if not (points >= 1 and 0 < fwhm < math.inf): raise ValueError(f"points={points} must be at least 1 and fwhm={fwhm} a positive width in ln q")
     step = WINDOW / points
     y = draw(math.log(2 * math.pi) - r.ln_d, r.intensity * lorentz_polarisation(r.ln_d.exp()), r.row, r.n,
              LN_Q[0] + step / 2, step, N_WINDOWS * points, fwhm)
     return (y / y.amax(1, keepdim=True).clamp(min=1e-12)).sqrt().view(r.n, N_WINDOWS, points)
 
-# %% ../nbs/01_diffraction.ipynb #288827a3
+# %% ../nbs/01_diffraction.ipynb #5c8e1313
 N_PEAKS, RESOLUTION, WEAKEST_PEAK = 48, 0.02, 3e-3
 
 
@@ -401,7 +403,9 @@ def peaks(
     measurement: "str | Measurement | None" = None,  # places, intensities and range (see below); widths and noise are the two above
     generator: torch.Generator | None = None,  # on the CPU; where the measurement draws random numbers
 ) -> Peaks:
-    "The peaks of lowest angle of each material within the model's range."
+    "The peaks of lowest angle of each material within the model's range. Raises `ValueError` for settings that cannot be."
+    if not (n_peaks >= 1 and 0 < resolution < 180 and 0 <= weakest <= 1):
+        raise ValueError(f"n_peaks={n_peaks} must be at least 1, resolution={resolution} in degrees, and weakest={weakest} from 0 to 1")
     device, n = r.ln_d.device, r.n
     limits = torch.stack([torch.full((n,), end, device=device) for end in LN_Q], 1)
     if measurement is not None: r, limits = _measure(r, measurement, generator)
@@ -424,18 +428,19 @@ def peaks(
     out = [torch.zeros(n * n_peaks + 1, device=device).scatter_(0, slot, v)[:-1].view(n, n_peaks) for v in (ln_q, intensity)]
     return Peaks(*out, limits)
 
-# %% ../nbs/01_diffraction.ipynb #530980e4
+# %% ../nbs/01_diffraction.ipynb #b0eb9ba2
 def hide(
     r: Reflections,
     visible: Tensor,  # (n, N_WINDOWS) bool
 ) -> Reflections:
-    "Reflections with intensity 0 in hidden windows and one peak width around them."
+    "Reflections with intensity 0 in hidden windows and one peak width around them. Raises `ValueError` for a mask of another shape."
+    if visible.shape != (r.n, N_WINDOWS): raise ValueError(f"the mask has the shape {tuple(visible.shape)}; it must be ({r.n}, {N_WINDOWS})")
     ln_q = math.log(2 * math.pi) - r.ln_d
     place = (((ln_q + side * WINDOW_FWHM - LN_Q[0]) / WINDOW).long().clamp(0, N_WINDOWS - 1) for side in (-1, 0, 1))
     seen = torch.stack([visible[r.row, p] for p in place]).all(0)
     return r._replace(intensity=r.intensity * seen)
 
-# %% ../nbs/01_diffraction.ipynb #0f0c5bc5
+# %% ../nbs/01_diffraction.ipynb #a5067c4c
 class Augmentation(NamedTuple):
     "How strongly samples differ; the widths of the distributions that `perturb` draws from."
 
@@ -460,7 +465,9 @@ def perturb(
     a: Augmentation,
     generator: torch.Generator,  # on the CPU
 ) -> Reflections:
-    "Reflections of another sample of the same materials, again in order; the strongest within the model's range is never lost."
+    """Reflections of another sample of the same materials, again in order; the strongest within the model's range is never lost.
+    Raises `ValueError` for an augmentation that cannot be."""
+    if not (all(0 <= v < math.inf for v in a) and a.loss <= 1): raise ValueError(f"{a}: each must be 0 or a positive number, and loss at most 1")
     if a == Augmentation(): return r
     m, device = len(r.ln_d), r.ln_d.device
     generator = _on(generator, device)
@@ -506,7 +513,7 @@ _POSITIVE = ("wavelength", "crystallite_size", "counts", "caglioti_w")
 _LOGARITHMIC = ("crystallite_size", "counts")
 RADIUS = 200.0  # mm, of the goniometer
 
-# %% ../nbs/01_diffraction.ipynb #ba139e98
+# %% ../nbs/01_diffraction.ipynb #51071e18
 MEASUREMENTS = dict(
     ideal=Measurement(),
     lab=Measurement(
@@ -531,11 +538,12 @@ def draw_measurement(
     generator: torch.Generator | None = None,  # on the CPU; None where nothing is a range
 ) -> Measurement:  # each field (n,)
     "Settle each pattern's measurement. Raises `ValueError` for a preset that does not exist or a value that cannot be."
+    if not isinstance(m, str | Measurement): raise ValueError(f"measurement {m!r} must be a Measurement, or one of {', '.join(MEASUREMENTS)}")
     if isinstance(m, str) and m not in MEASUREMENTS: raise ValueError(f"measurement {m!r} does not exist; choose from {', '.join(MEASUREMENTS)}")
     settled = {}
     for name, value in (MEASUREMENTS[m] if isinstance(m, str) else m)._asdict().items():
         low, high = value if isinstance(value, tuple | list) and len(value) == 2 else (value, value)
-        if not (isinstance(low, int | float) and isinstance(high, int | float) and low <= high):
+        if not (isinstance(low, Real) and isinstance(high, Real) and low <= high):
             raise ValueError(f"{name}={value} must be a number or a range (low, high)")
         if name in _POSITIVE and not low > 0: raise ValueError(f"{name}={value} must be positive")
         if name not in (*_POSITIVE, "caglioti_v", "zero_shift", "displacement", "strain") and low < 0:
@@ -557,7 +565,9 @@ def observe(
     m: Measurement,  # settled, on the device of the reflections
     generator: torch.Generator | None = None,
 ) -> Reflections:
-    "Reflections as a measurement places and weighs them, in order; those beyond the limiting sphere have intensity 0."
+    """Reflections as a measurement places and weighs them, in order; those beyond the limiting sphere have intensity 0.
+    Raises `ValueError` for measurements of another number of materials."""
+    if len(m.wavelength) != r.n: raise ValueError(f"{len(m.wavelength)} measurements of {r.n} materials; one is needed for each")
     ln_d, intensity, row = r.ln_d, r.intensity, r.row
     if bool((m.texture > 0).any()):
         noise = torch.randn(len(ln_d), generator=_on(_needed(generator, "texture"), ln_d.device), device=ln_d.device)
@@ -728,7 +738,7 @@ def _background(angle: Tensor, m: Measurement, generator: torch.Generator) -> Te
     hump = torch.exp(-4 * math.log(2) * ((angle - centre[:, None]) / fwhm[:, None]) ** 2)
     return y * (m.background[:, None] / y.amax(1, keepdim=True).clamp(min=1e-6)) + m.hump[:, None] * hump
 
-# %% ../nbs/01_diffraction.ipynb #e02a8716
+# %% ../nbs/01_diffraction.ipynb #e1ecca6f
 class Grid(NamedTuple):
     "Measured patterns as the model's windows."
 
@@ -753,7 +763,9 @@ def to_grid(
         raise ValueError(f"fwhm={fwhm:g} must not be negative, monochromator={monochromator:g} within 0 to 180°, points={points} at least 1")
     if two_theta.ndim != 1 or len(two_theta) < 2 or intensity.shape[1:] != two_theta.shape:
         raise ValueError(f"angles {tuple(two_theta.shape)} and intensities {tuple(intensity.shape)} must be (k,) and (n, k), k at least 2")
-    if not ((two_theta.diff() > 0).all() and 0 < two_theta[0] and two_theta[-1] < 180): raise ValueError("2θ must rise within 0 to 180°")
+    low, high, falls = two_theta[0], two_theta[-1], (two_theta.diff() <= 0).nonzero().flatten().tolist()
+    if falls: raise ValueError(f"2θ must rise, but {two_theta[falls[0]]:g}° is followed by {two_theta[falls[0] + 1]:g}°")
+    if not (0 < low and high < 180 and two_theta.isfinite().all()): raise ValueError(f"2θ from {low:g} to {high:g}° must be numbers within 0 to 180°")
     sin = torch.deg2rad(two_theta / 2).sin()
     d = wavelength / (2 * sin)
     ln_q = (2 * math.pi / d).log()
