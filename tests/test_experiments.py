@@ -220,10 +220,12 @@ def test_readme_says_what_the_files_say(tmp_path):
 def test_readme_examples_run(tmp_path, monkeypatch):
     import re
     monkeypatch.chdir(tmp_path)
-    library, patterns = re.findall(r"<!-- example -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    examples = re.findall(r"<!-- example -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     scope: dict = {}
-    for example in (library, patterns):
+    assert len(examples) == 3
+    for example in examples:
         assert len(example.strip().splitlines()) <= 12
         exec(example, scope)
     assert json.dumps(list(map(float, scope["output"].targets[0]))) and scope["output"].crystal_system.shape == (1, 7)
     assert scope["patterns"].intensity.shape == (8, 4096) and scope["grid"].measured.any()
+    assert abs(scope["seen"].d_spacing - 2.82).min() < 2e-3  # 200 of rock salt

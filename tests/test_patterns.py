@@ -1,0 +1,417 @@
+"Readers of measured patterns: every format to the same numbers, real files to what their headers say, and nothing but one line for the rest."
+
+import io
+import os
+import shutil
+import struct
+import tracemalloc
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xxact.diffraction import LN_Q, MEASUREMENTS, batch_reflections, ln_q_of, lorentz_polarisation, render
+from xxact.patterns import Pattern, as_pattern, even_grid, find_peaks, read_pattern, to_reflections, tube_lines, without_kalpha2
+
+REAL = os.environ.get("XXACT_REAL_DATA")
+needs_real = pytest.mark.skipif(not REAL, reason="set XXACT_REAL_DATA to the folder of real data")
+X, Y = 10 + 0.02 * np.arange(300), np.random.default_rng(0).poisson(100, 300) + 1
+
+
+def rows(form: str) -> str:
+    return "".join(form.format(x, y) for x, y in zip(X, Y))
+
+
+def zipped(members: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return buffer.getvalue()
+
+
+def raw4() -> bytes:
+    tube = struct.pack("<2I", 30, 136) + bytes(72) + struct.pack("<2d", 1.5406, 1.54439) + bytes(20) + b"Cu\0\0" + bytes(16)
+    head = bytearray(160)
+    for at, form, value in ((4, "<I", len(X)), (72, "<d", 10.0), (80, "<d", 0.02), (136, "<I", 4), (140, "<I", 5)):
+        struct.pack_into(form, head, at, value)
+    return b"RAW4.00".ljust(61, b"\0") + tube + bytes(head) + bytes(5) + Y.astype("<f4").tobytes()
+
+
+AXES = '<ScanAxes><ScanAxisInfo AxisId="TwoTheta"/><ScanAxisInfo AxisId="Theta"/></ScanAxes>'
+DATA = "".join(f"<Datum>1,1,{x:.4f},{x / 2:.4f},{y}</Datum>" for x, y in zip(X, Y))
+RANGE = f"_pd_meas_2theta_range_min {X[0]}\n_pd_meas_2theta_range_inc 0.02"
+FILES = {
+    "a.xy": rows("{:.2f} {}\n"),
+    "a.xye": rows("{:.2f}\t{}\t1.0\n"),
+    "a.csv": "2theta;counts\n" + rows("{:.2f};{}\n").replace(".", ","),
+    "b.csv": "angle (deg), intensity (cps)\r\n" + rows("{:.2f},{}\r\n"),
+    "a.txt": "# comment\n" + rows("  {:.2f}   {}\n").replace(".", ","),
+    "falling.dat": "".join(reversed(rows("{:.2f} {}\n").splitlines(keepends=True))),
+    "latin.xy": "Größe µm\n".encode("cp1252") + rows("{:.2f} {}\n").encode(),
+    "wide.xy": rows("{:.2f} {}\n").encode("utf-16"),
+    "q.csv": "q (1/nm),I\n" + "".join(f"{40 * np.pi * np.sin(np.radians(x / 2)) / 1.5406:.9f},{y}\n" for x, y in zip(X, Y)),
+    "a.xrdml": '<x:xrdMeasurements xmlns:x="u"><usedWavelength><kAlpha1>1.5406</kAlpha1><kAlpha2>1.54439</kAlpha2></usedWavelength><scan><dataPoints>'
+    f'<positions axis="2Theta"><startPosition>{X[0]}</startPosition><endPosition>{X[-1]}</endPosition></positions>'
+    f"<intensities>{' '.join(map(str, Y))}</intensities></dataPoints></scan></x:xrdMeasurements>",
+    "a.ras": '*RAS_DATA_START\n*HW_XG_WAVE_LENGTH_ALPHA1 "1.5406"\n*RAS_INT_START\n'
+    + "".join(f"{x:.4f} {y / 4} 4.0\n" for x, y in zip(X, Y))
+    + "*RAS_INT_END\n",
+    "a.asc": f"*TARGET = 29\n*WAVE_LENGTH1 = 1.5406\n*BEGIN\n*START = 10\n*STEP = 0.02\n*COUNT = {len(X)}\n" + ", ".join(map(str, Y)) + "\n*END\n",
+    "a.uxd": "_FILEVERSION=2\n_WL1=1.5406\n_START=10\n_STEPSIZE=0.02\n_COUNTS\n" + "\n".join(map(str, Y)),
+    "b.uxd": "_FILEVERSION=2\n_WL1=1.5406\n_2THETACOUNTS\n" + rows("{:.2f} {}\n"),
+    "a.gsas": f"title\nBANK 1 {len(X)} {len(X) // 10} CONST 1000 2 0 0 STD\n"
+    + "\n".join("".join(f"{y:8d}" for y in Y[i : i + 10]) for i in range(0, len(X), 10)),
+    "b.gsas": f"title\nBANK 1 {len(X)} {len(X) // 5} CONST 1000 2 0 0 ESD\n"
+    + "\n".join("".join(f"{y:8d}{1:8d}" for y in Y[i : i + 5]) for i in range(0, len(X), 5)),
+    "a.fxye": f"title\nBANK 1 {len(X)} {len(X)} CONS 1000 2 0 0 FXYE\n" + "".join(f"{100 * x:.4f} {y} 1\n" for x, y in zip(X, Y)),
+    "a.cif": f"data_x\n_diffrn_radiation_wavelength 1.5406\n{RANGE}\nloop_\n_pd_meas_counts_total\n"
+    + "".join(f"{y}({i % 9})\n" for i, y in enumerate(Y)),
+    "b.cif": "data_x\nloop_\n_pd_meas_2theta_scan\n_pd_proc_intensity_total\n" + rows("{:.2f} {}\n"),
+    "a.brml": zipped({"Experiment0/RawData0.xml": f"<RawData>{AXES}<WaveLengthAlpha1 Value='1.5406'/>{DATA}</RawData>"}),
+    "a.rasx": zipped(
+        {"Data0/Profile0.txt": rows("{:.4f}\t{}\t1\n"), "Data0/MesurementConditions0.xml": "<a><WavelengthKalpha1>1.5406</WavelengthKalpha1></a>"}
+    ),
+    "a.raw": raw4(),
+}
+
+
+def write(folder: Path, name: str) -> Path:
+    data = FILES[name]
+    (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return folder / name
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_reads_to_the_same_scan(tmp_path, name):
+    p = read_pattern(write(tmp_path, name), wavelength=1.5406)
+    np.testing.assert_allclose(p.two_theta, X, atol=1e-6)
+    np.testing.assert_array_equal(p.intensity, Y)
+    assert p.wavelength == 1.5406
+    write(tmp_path, name).rename(tmp_path / "wrong.cif")  # told by what is in it, not by its name
+    np.testing.assert_array_equal(read_pattern(tmp_path / "wrong.cif", wavelength=1.5406).intensity, Y)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.integers(10, 60),
+    st.floats(0.1, 40),
+    st.floats(0.001, 1),
+    st.sampled_from(["\t", ";", " ", "  ", ",", ", "]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_columns_come_back_whatever_separates_them(tmp_path_factory, n, low, step, separator, commas, seed):
+    x, y = low + step * np.arange(n), np.random.default_rng(seed).normal(0, 100, n)
+    text = "".join(f"{a:.6f}{separator}{b:.4e}\n" for a, b in zip(x, y))
+    if commas and "," not in separator:
+        text = text.replace(".", ",")
+    path = tmp_path_factory.mktemp("columns") / "a.txt"
+    path.write_text(text)
+    p = read_pattern(path, "CuKa")
+    np.testing.assert_allclose(p.two_theta, x, atol=1e-6)
+    np.testing.assert_allclose(p.intensity, y, rtol=1e-4)
+
+
+REAL_FILES = {  # points, first and last angle, first and last intensity, Å: from the headers and the text of the files
+    "CG20396_jdb12-1.xrdml": (7181, 5.00835563, 124.99526689, 1678, 113, 1.540598),
+    "Scan_C1.xrdml": (7181, 5.00475563, 124.99166689, 374, 158, 1.540598),
+    "MB120718Si3.ras": (1401, 2.0, 30.0, 7994, 1150, 1.540593),
+    "2Theta.asc": (7601, 4.0, 80.0, 767, 570, 1.54059),
+    "JO_KL_16_ZF_3_60deg_0.02step_12degpermin_001.rasx": (2851, 3.0, 60.0, 2589, 119, 1.540593),
+    "TiOF.brml": (2469, 9.998839261, 60.01277602, 4471, 692, 1.5406),
+    "BT86-siemens.uxd": (2374, 3.0, 39.999816, 187, 269, 1.5406),
+    "TiO2.raw": (1647, 10.0, 70.0411, 557, 328, 1.5406),
+    "bruker.raw": (4059, 37.0001, 120.0046, 7264, 7043, 1.5418),
+    "FAP-laboratory.gsas": (5753, 15.0, 130.04, 609, 0, None),
+    "NIST660CBI.gsas": (8378, 15.0066, 124.9991, 2364, 370, None),
+    "11bmb_8716.fxye": (49494, 0.5, 49.98643179, 505.41741, 265.230908, 0.413259),
+    "data.cif": (3728, 8.0, 89.994, 1733, 202, 1.540598),
+    "example_bmb.xye": (575, 0.5, 1.073103125, 662.407183, 196.446337, 0.414581),
+    "example_evadiffract.xy": (28, 5.0001, 5.2743, 4.852, 4.324, 1.54184),
+    "example_mac.xye": (598, 0.001, 0.598, 11.345, 113.272, None),
+    "example_mythen.dat": (730, 2.084, 5.0, 2866.694378, 3259.561469, None),
+    "example_ocx.xy": (1876, 5.0, 80.0, 2.732, 0.272, None),
+    "data.dat": (2600, 3.0, 54.98, 0, 0, 1.23984),
+    "single.csv": (3048, 30.00313028, 110.0656187, 232, 133, None),
+}
+
+
+@needs_real
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", REAL_FILES)
+def test_real_files_read_to_what_their_headers_say(name):
+    n, low, high, first, last, wavelength = REAL_FILES[name]
+    p = read_pattern(Path(REAL) / "xrd/formats" / name)
+    assert len(p.two_theta) == n and (np.diff(p.two_theta) > 0).all()
+    np.testing.assert_allclose([*p.two_theta[[0, -1]], *p.intensity[[0, -1]]], [low, high, first, last], atol=6e-5)
+    assert abs(p.wavelength - (wavelength or 1.54184)) < 1e-5 or name == "bruker.raw"  # whose tube block says Kα1, its range the mean
+
+
+@needs_real
+def test_scans_are_the_patterns_of_the_table():
+    table = pl.read_parquet(Path(REAL) / "xrd/rruff.parquet").rows_by_key("pattern_id", named=True, unique=True)
+    scans = sorted(Path(REAL).glob("xrd/scans/*_rruff-*.xy"))
+    assert len(scans) == 8
+    for path in scans:
+        p = read_pattern(path, wavelength=1.5418)
+        np.testing.assert_allclose(p.two_theta, 5 + 0.01 * np.arange(8500), atol=1e-6)
+        np.testing.assert_allclose(p.intensity, table[path.stem.partition("_")[2]]["intensity"], atol=1e-3)
+
+
+@needs_real
+@pytest.mark.skipif(not shutil.which("xyconv"), reason="xylib's command xyconv is not installed")
+def test_old_binary_files_read_like_their_text():
+    binary, text = (read_pattern(Path(REAL) / "xrd/formats" / name) for name in ("BT86.raw", "BT86-siemens.uxd"))
+    np.testing.assert_allclose(binary.two_theta, text.two_theta, atol=6e-4)
+    np.testing.assert_array_equal(binary.intensity, text.intensity)
+    assert binary.wavelength == text.wavelength == 1.5406
+    with pytest.raises(ValueError, match="stoe.raw: is binary, and of no format"):
+        read_pattern(Path(REAL) / "xrd/formats/stoe.raw")
+
+
+def result_or_one_line(path: Path) -> None:
+    "Read a file that may be anything."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            p = read_pattern(path, wavelength=1.5406)
+        except ValueError as e:
+            assert str(e).startswith(f"{path}: ") and "\n" not in str(e) and len(str(e)) > len(str(path)) + 5
+            return
+        assert (
+            np.isfinite(p.two_theta).all()
+            and np.isfinite(p.intensity).all()
+            and (np.diff(p.two_theta) > 0).all()
+            and 0 < p.two_theta[0] < p.two_theta[-1] < 180
+        )
+        try:
+            to_reflections(p)
+        except ValueError as e:
+            assert "\n" not in str(e)
+
+
+def damage(data: bytes, draw: st.DrawFn) -> bytes:
+    "Cut off, and with some bits turned over."
+    data = bytearray(data[: draw(st.integers(1, len(data)))] if draw(st.booleans()) else data)
+    for _ in range(draw(st.integers(0, 12))):
+        data[draw(st.integers(0, len(data) - 1))] ^= 1 << draw(st.integers(0, 7))
+    return bytes(data)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_damaged_files_give_a_result_or_one_line(tmp_path_factory, data):
+    name = data.draw(st.sampled_from(sorted(FILES)))
+    path = write(tmp_path_factory.mktemp("damaged"), name)
+    path.write_bytes(damage(path.read_bytes(), data.draw))
+    result_or_one_line(path)
+
+
+@needs_real
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_damaged_real_files_give_a_result_or_one_line(tmp_path_factory, data):
+    small = sorted(p for p in Path(REAL).glob("xrd/formats/*") if p.stat().st_size < 70_000)
+    source = data.draw(st.sampled_from(small))
+    path = tmp_path_factory.mktemp("damaged") / source.name
+    path.write_bytes(damage(source.read_bytes(), data.draw))
+    result_or_one_line(path)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.sampled_from([b"", b"RAW4.00", b"PK\3\4", b"<?xml", b"*RAS_DATA_START\n", b"BANK 1 10 1 ", b"data_x\n", b"_COUNTS\n", b"*BEGIN\n"]),
+    st.binary(max_size=400),
+)
+def test_noise_gives_one_line(tmp_path_factory, begin, noise):
+    path = tmp_path_factory.mktemp("noise") / "noise.xy"
+    path.write_bytes(begin + noise)
+    result_or_one_line(path)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    {
+        "": "is empty",
+        "  \n \n": "is empty",
+        "1\n2\n3\n": "no two columns of numbers",
+        "a story\n" * 3: "no two columns of numbers",
+        rows("{:.2f} {}\n").replace("11.00", "eleven"): "line 51: 'eleven' is no number",
+        rows("{:.2f} {}\n").replace("11.00 ", "11.00x"): "line 51 has 1 column",
+        "5 1\n6 2\n" * 30: "up and down",
+        "5 1\n5 2\n" * 30: "only 1 different",
+        "1 2\n3 4\n": "only 2 of 2 points",
+        "".join(f"{i} 1\n" for i in range(170, 200)): "2θ up to 199° cannot be",
+        "".join(f"{i // 9},{i},{i},1\n" for i in range(90)): "different angles",
+        "".join(f"{i} nan\n" for i in range(1, 90)): "only 0 of 89 points are numbers",
+        '<!DOCTYPE x [<!ENTITY a "b">]><x>&a;</x>': "declares entities",
+        "<x><y>": "no element found",
+        "<x/>": "no scan over 2Theta",
+    }.items(),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_pattern_says_why(tmp_path, text, reason):
+    path = tmp_path / "bad.xy"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"bad.xy: .*{reason}"):
+        read_pattern(path)
+
+
+def test_paths_and_archives_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        read_pattern(tmp_path / "nothing.xy")
+    with pytest.raises(ValueError, match="is a directory"):
+        read_pattern(tmp_path)
+    for name in ("a.brml", "a.rasx"):
+        path = write(tmp_path, name)
+        path.write_bytes(path.read_bytes()[:-60])
+        with pytest.raises(ValueError, match=f"{name}: "):
+            read_pattern(path)
+    with pytest.raises(ValueError, match="wavelength 'red' must be 0.01 to 10 Å"):
+        read_pattern(write(tmp_path, "a.xy"), "red")
+    with pytest.warns(UserWarning, match="a.xy: no wavelength in the file: Cu Kα"):
+        read_pattern(tmp_path / "a.xy")
+    with pytest.warns(UserWarning, match="the file's own wavelength 1.5406 Å is used"):
+        read_pattern(write(tmp_path, "a.uxd"), "MoKa")
+
+
+def test_bombs_stay_small(tmp_path):
+    (tmp_path / "bomb.rasx").write_bytes(zipped({"Data0/Profile0.txt": "0" * 300_000_000}))
+    (tmp_path / "bomb.brml").write_bytes(zipped({"RawData0.xml": "<a>" * 30_000_000}))
+    tracemalloc.start()
+    for name in ("bomb.rasx", "bomb.brml"):
+        with pytest.raises(ValueError, match=f"{name}: .*unpacks to more than 64 MB"):
+            read_pattern(tmp_path / name)
+    assert tracemalloc.get_traced_memory()[1] < 250e6
+    tracemalloc.stop()
+
+
+@pytest.mark.slow
+def test_ten_million_points_are_read(tmp_path):
+    path = tmp_path / "long.xy"
+    piece = 5 + 8.5e-6 * np.arange(100_000)
+    with path.open("w") as f:
+        for k in range(100):
+            f.writelines(f"{x:.7f} {100 + k}\n" for x in piece + 0.85 * k)
+    tracemalloc.start()
+    p = read_pattern(path, "CuKa")
+    assert len(p.two_theta) == 10_000_000 and p.intensity[-1] == 199 and tracemalloc.get_traced_memory()[1] < 500e6
+    tracemalloc.stop()
+
+
+# ---- from a scan to reflections
+
+
+def scan(
+    wavelength: float = 1.54056, two_theta: tuple[float, float] = (5, 90), n_points: int = 4096, seed: int = 0, **changes: float
+) -> tuple[Pattern, torch.Tensor, torch.Tensor]:
+    "A rendered pattern of a made-up material, its lines' d-spacings and their intensities with Lorentz-polarisation."
+    g = np.random.default_rng(seed)
+    d = np.sort(1.1 + 4 * g.random(25) ** 2)[::-1].astype(np.float32)
+    r = batch_reflections([(d, (0.2 + g.random(25)).astype(np.float32) * d**-2)])
+    m = MEASUREMENTS["ideal"]._replace(**dict(wavelength=wavelength, caglioti_w=0.006, crystallite_size=80.0) | changes)
+    drawn = render(r, m, two_theta, n_points, generator=torch.Generator().manual_seed(seed))
+    metadata = dict(kalpha2=wavelength * (1 + 2.486e-3)) if changes.get("kalpha2") else {}
+    return (
+        Pattern(drawn.two_theta.double().numpy(), 1e4 * drawn.intensity[0].double().numpy(), wavelength, metadata),
+        r,
+        r.intensity * lorentz_polarisation(r.ln_d.exp()),
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(kalpha2=0.5), dict(kalpha2=0.5, background=0.2, hump=0.05, counts=1e4), dict(wavelength=0.7, caglioti_w=0.001), dict(wavelength=1.7)],
+)
+def test_lines_are_found_where_they_are(changes):
+    two_theta = (3, 40) if changes.get("wavelength") == 0.7 else (5, 90)
+    for seed in range(5):
+        p, r, y = scan(two_theta=two_theta, seed=seed, **changes)
+        m = to_reflections(p)
+        ln_d, found = r.ln_d.double().numpy(), np.log(m.d_spacing)
+        alone = np.array([np.sort(np.abs(ln_d - v))[1] > 0.012 for v in ln_d])
+        seen = (
+            (y > 0.03 * y.max()).numpy()
+            & alone
+            & (np.log(2 * np.pi) - ln_d < np.log(4 * np.pi * np.sin(np.radians(two_theta[1] / 2 - 0.5)) / p.wavelength))
+        )
+        assert seen.sum() > 5
+        nearest = np.abs(ln_d[seen, None] - found).argmin(1)
+        assert np.abs(ln_d[seen] - found[nearest]).max() < 6e-4
+        ratio = m.intensity[nearest] / r.intensity[torch.from_numpy(seen)].numpy()
+        assert ratio.std() / ratio.mean() < 0.15  # the areas, whatever the wavelength
+        strange = np.abs(ln_d[:, None] - found).min(0) > 6e-3
+        weight = m.intensity * lorentz_polarisation(torch.from_numpy(m.d_spacing)).numpy()
+        assert weight[strange].max(initial=0) < 0.02 * weight.max()
+
+
+def test_order_and_spacing_of_the_points_do_not_matter():
+    p, *_ = scan(n_points=8000, kalpha2=0.5)
+    reference = to_reflections(p)
+    keep = np.random.default_rng(0).random(8000) > 0.2
+    keep[[0, -1]] = True
+    for q in (
+        as_pattern(p.two_theta[::-1], p.intensity[::-1], p.wavelength, metadata=p.metadata),
+        as_pattern(p.two_theta[keep], p.intensity[keep], p.wavelength, metadata=p.metadata),
+        as_pattern(4 * np.pi * np.sin(np.radians(p.two_theta / 2)) / p.wavelength, p.intensity, p.wavelength, "q", p.metadata),
+    ):
+        m, strong = to_reflections(q), reference.intensity > 0.05
+        nearest = np.abs(reference.d_spacing[strong, None] - m.d_spacing).argmin(1)
+        np.testing.assert_allclose(m.d_spacing[nearest], reference.d_spacing[strong], rtol=3e-4)
+        np.testing.assert_allclose(m.intensity[nearest], reference.intensity[strong], rtol=0.1)
+
+
+def test_the_measured_range_goes_with_the_reflections():
+    p, *_ = scan(two_theta=(20, 60))
+    np.testing.assert_allclose(to_reflections(p).limits, [ln_q_of(t, p.wavelength) for t in (20, 60)], atol=1e-6)
+    p, *_ = scan(two_theta=(2, 140))
+    assert to_reflections(p).limits == LN_Q
+    hard = as_pattern(np.linspace(50, 90, 2000), np.random.default_rng(0).poisson(100, 2000), 0.4)
+    with pytest.raises(ValueError, match="misses the model's range, q = 0.36 to 5.76 Å⁻¹"):
+        to_reflections(hard)
+
+
+@pytest.mark.parametrize("y", [np.full(2000, 7.0), np.zeros(2000), np.arange(2000.0), -np.ones(2000)])
+def test_without_a_peak_there_is_nothing_to_see(y):
+    with pytest.raises(ValueError, match="no peak"):
+        to_reflections(as_pattern(np.linspace(5, 90, 2000), y, "CuKa1"))
+
+
+def test_counts_below_zero_are_no_obstacle():
+    p, *_ = scan(kalpha2=0.5, background=0.2, counts=1e4)
+    below = find_peaks(p._replace(intensity=p.intensity - np.median(p.intensity) * 1.1))
+    np.testing.assert_allclose(below[0], find_peaks(p)[0], atol=0.02)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.floats(1e-3, 8e-3), st.floats(0, 0.6), st.floats(5, 60))
+def test_kalpha2_is_taken_out_as_it_was_put_in(seed, shift, ratio, low):
+    x = np.linspace(low, low + 60, 3000)
+    single = np.convolve(np.random.default_rng(seed).random(3000) ** 30, np.hanning(25), "same")
+    single[:60] = 0  # Kα2 of what lies before the range is unknown
+    origin = np.degrees(2 * np.arcsin(np.sin(np.radians(x / 2)) / (1 + shift)))
+    both = single + ratio * np.interp(origin, x, single)
+    np.testing.assert_allclose(without_kalpha2(x, both, shift, ratio), single, atol=1e-8 * single.max())
+
+
+def test_tubes_are_known_by_their_wavelength():
+    p = Pattern(X, Y.astype(float), 1.54184)
+    assert abs(tube_lines(p)[0] - 1.54056) < 1e-4 and tube_lines(p)[1] == 2.486e-3
+    assert tube_lines(p._replace(wavelength=1.54056)) == (1.54056, 0) and tube_lines(p._replace(wavelength=0.4)) == (0.4, 0)
+    assert abs(tube_lines(p._replace(wavelength=0.7093, metadata=dict(kalpha2=0.71359)))[1] - 6.05e-3) < 1e-4
+
+
+def test_a_long_scan_is_averaged_and_a_short_one_is_not():
+    p = Pattern(X, Y.astype(float))
+    x, y, step = even_grid(p)
+    np.testing.assert_allclose(x, X), np.testing.assert_allclose(y, Y)
+    x, y, step = even_grid(p, 30)
+    assert len(x) <= 30 and abs(y.mean() / Y.mean() - 1) < 0.05 and abs(step - np.ptp(X) / 30) < 1e-9
