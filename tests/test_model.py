@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xxact.composition import N_ELEMENTS, SYMBOLS, composition_key, formula_amounts, parse_formula, reduced_formula, split_of, tokens
-from xxact.diffraction import LN_Q, N_WINDOWS, WINDOW
+from xxact.diffraction import LN_Q, N_WINDOWS, WINDOW, View
 from xxact.encoders import CompositionEncoder, pool
 from xxact.fusion import FUSIONS, XxaCT, load_model, save_model, start_from
 from xxact.materials import MaterialSet
 from xxact.mxm import hide_windows
 from xxact.reproduce import load_table
-from xxact.trainer import Pretraining, Supervised, draws, predict
+from xxact.trainer import Pretraining, Supervised, draws, predict, share_of
 
 amounts = st.dictionaries(st.sampled_from(SYMBOLS[1:]), st.integers(1, 30), min_size=1, max_size=20)
 
@@ -106,3 +106,28 @@ def test_hidden_windows_cannot_be_seen(data, tokeniser, seed, share):
     with torch.no_grad(): a, b = objective.reconstruct(batch, visible), objective.reconstruct(other, visible)
     assert torch.allclose(a[0], b[0], atol=1e-5) and torch.equal(a[1], b[1])
     assert not (a[1] & visible).any()
+
+
+@pytest.mark.parametrize("tokeniser", ["peaks", "patches"])
+def test_what_was_not_measured_cannot_be_seen(data, tokeniser):
+    torch.manual_seed(0)
+    model, batch = XxaCT("nano", tokeniser=tokeniser, targets=data.target_names).eval(), data.batch(torch.arange(8))
+    limits = LN_Q[0] + WINDOW * torch.stack([torch.linspace(0, 12, 8), torch.linspace(20, N_WINDOWS, 8)], 1)
+    r = batch.reflections
+    ln_q = math.log(2 * math.pi) - r.ln_d
+    outside = (ln_q < limits[r.row, 0]) | (ln_q > limits[r.row, 1])
+    other = r._replace(intensity=torch.where(outside, 0.5 * r.intensity, r.intensity))
+    seen = [model.see(x, view=v) for x, v in ((r, View(limits)), (other, View(limits)), (r, None))]
+    with torch.no_grad(): a, b, whole = (model(batch._replace(reflections=s)).embedding for s in seen)
+    assert torch.equal(a, b) and not torch.allclose(a, whole, atol=1e-3)
+
+
+def test_measured_samples_are_those_of_the_whole_batch(data):
+    objective, chosen = Supervised(XxaCT("nano", targets=data.target_names), modality_dropout=0.2, augment="measured"), torch.arange(9)
+    batch = data.batch(chosen)
+    whole = objective.prepare(batch, draws(1, 2))
+    parts = [objective.prepare(batch, draws(1, 2), share_of(data, chosen, rank, 2)) for rank in (0, 1)]
+    for field in ("ln_q", "intensity", "limits"):
+        assert torch.equal(torch.cat([getattr(p.batch.reflections, field) for p in parts]), getattr(whole.batch.reflections, field))
+    assert torch.equal(torch.cat([p.keep for p in parts]), whole.keep)
+    assert (whole.batch.reflections.limits.std(0) > 0.01).all()

@@ -8,8 +8,8 @@ __all__ = ['D_MIN', 'D_MAX', 'WEAKEST', 'EQUAL', 'WAVELENGTHS', 'CU_KA', 'TWO_TH
            'MEASUREMENTS', 'NARROWEST', 'scattering_coefficients', 'scattering_factor', 'Crystal',
            'crystal_reflections', 'reflections', 'structure_reflections', 'two_theta_of', 'ln_q_of',
            'lorentz_polarisation', 'upload', 'Reflections', 'batch_reflections', 'draw', 'window_pattern', 'Peaks',
-           'peaks', 'hide', 'Augmentation', 'perturb', 'Measurement', 'draw_measurement', 'observe', 'Patterns',
-           'peak_shape', 'render', 'Grid', 'to_grid']
+           'peaks', 'hide', 'Augmentation', 'perturb', 'View', 'draw_view', 'Measurement', 'draw_measurement',
+           'observe', 'Patterns', 'peak_shape', 'render', 'Grid', 'to_grid']
 
 # %% ../nbs/01_diffraction.ipynb #92490f2f
 import math
@@ -402,12 +402,13 @@ def peaks(
     weakest: float = WEAKEST_PEAK,  # share of the strongest peak
     measurement: "str | Measurement | None" = None,  # places, intensities and range (see below); widths and noise are the two above
     generator: torch.Generator | None = None,  # on the CPU; where the measurement draws random numbers
+    limits: Tensor | None = None,  # (n, 2) ln q where the measurement begins and ends; None: the model's range
 ) -> Peaks:
     "The peaks of lowest angle of each material within the model's range. Raises `ValueError` for settings that cannot be."
     if not (n_peaks >= 1 and 0 < resolution < 180 and 0 <= weakest <= 1):
         raise ValueError(f"n_peaks={n_peaks} must be at least 1, resolution={resolution} in degrees, and weakest={weakest} from 0 to 1")
     device, n = r.ln_d.device, r.n
-    limits = torch.stack([torch.full((n,), end, device=device) for end in LN_Q], 1)
+    if limits is None: limits = torch.stack([torch.full((n,), end, device=device) for end in LN_Q], 1)
     if measurement is not None: r, limits = _measure(r, measurement, generator)
     d, ln_q = r.ln_d.exp(), math.log(2 * math.pi) - r.ln_d
     y = r.intensity * lorentz_polarisation(d) * ((ln_q >= limits[r.row, 0]) & (ln_q <= limits[r.row, 1]))
@@ -448,10 +449,16 @@ class Augmentation(NamedTuple):
     shift: float = 0.0  # of single lines, standard deviation of ln d
     texture: float = 0.0  # standard deviation of the ln of each intensity
     loss: float = 0.0  # share of the reflections that are lost
+    strange: float = 0.0  # share of the reflections that become weak lines anywhere
+    weakest: float = 0.0  # largest detection limit, as a share of the strongest line; each material's is drawn evenly in its logarithm
+    resolution: float = RESOLUTION  # coarsest, degrees 2θ (Cu Kα); each batch's is drawn evenly in its logarithm
+    begin: float = TWO_THETA[0]  # degrees 2θ (Cu Kα), last at which a measurement begins
+    end: float = TWO_THETA[1]  # first at which it ends
 
 
 _LAB = Augmentation(strain=1e-3, shift=2e-4, texture=0.2, loss=0.05)
-AUGMENTATIONS = dict(ideal=Augmentation(), lab=_LAB, scaled=_LAB._replace(strain=0.02))
+_MEASURED = Augmentation(strain=0.01, shift=3e-4, texture=0.3, loss=0.05, strange=0.02, weakest=0.03, resolution=0.3, begin=20.0, end=60.0)
+AUGMENTATIONS = dict(ideal=Augmentation(), lab=_LAB, scaled=_LAB._replace(strain=0.02), measured=_MEASURED)
 
 
 def _on(generator: torch.Generator, device: torch.device) -> torch.Generator:
@@ -467,7 +474,8 @@ def perturb(
 ) -> Reflections:
     """Reflections of another sample of the same materials, again in order; the strongest within the model's range is never lost.
     Raises `ValueError` for an augmentation that cannot be."""
-    if not (all(0 <= v < math.inf for v in a) and a.loss <= 1): raise ValueError(f"{a}: each must be 0 or a positive number, and loss at most 1")
+    if not (all(0 <= v < math.inf for v in a) and max(a.loss, a.strange, a.weakest) <= 1):
+        raise ValueError(f"{a}: each must be 0 or a positive number; loss, strange and weakest at most 1")
     if a == Augmentation(): return r
     m, device = len(r.ln_d), r.ln_d.device
     generator = _on(generator, device)
@@ -477,9 +485,39 @@ def perturb(
     ln_q = math.log(2 * math.pi) - ln_d
     seen = intensity * lorentz_polarisation(ln_d.exp()) * ((ln_q >= LN_Q[0]) & (ln_q <= LN_Q[1]))
     strongest = torch.zeros(r.n, device=device).scatter_reduce_(0, r.row, seen, "amax")
-    keep = (torch.rand(m, generator=generator, device=device) >= a.loss) | (seen >= strongest[r.row])
+    strong = seen >= strongest[r.row]
+    keep = (torch.rand(m, generator=generator, device=device) >= a.loss) | strong
+    if a.strange:
+        chance, place, height = torch.rand(3, m, generator=generator, device=device)
+        other = (chance < a.strange) & ~strong
+        ln_d = torch.where(other, math.log(2 * math.pi) - torch.lerp(*torch.tensor(LN_Q, device=device), place), ln_d)
+        seen = torch.where(other, 0.1 * height**2 * strongest[r.row], seen)
+        intensity, keep = torch.where(other, seen / lorentz_polarisation(ln_d.exp()).clamp(min=1e-30), intensity), keep | other
+    if a.weakest:
+        share = torch.rand(r.n, generator=generator, device=device)
+        keep &= seen >= (a.weakest**share * WEAKEST_PEAK ** (1 - share) * strongest)[r.row]
     order = (1000.0 * r.row - ln_d.double()).argsort()
     return Reflections(ln_d[order], (intensity * keep)[order], r.row, r.n)
+
+
+class View(NamedTuple):
+    "How much of their patterns is seen."
+
+    limits: Tensor  # (n, 2) ln q where each measurement begins and ends
+    resolution: float = RESOLUTION  # degrees 2θ (Cu Kα)
+
+
+def draw_view(
+    n: int,  # materials
+    a: Augmentation,
+    generator: torch.Generator,  # on the CPU
+) -> View | None:  # None: everything
+    "Draw range and resolution of measurements."
+    if (a.resolution, a.begin, a.end) == (RESOLUTION, *TWO_THETA): return None
+    u = torch.rand(n, 2, generator=generator)
+    two_theta = torch.tensor([TWO_THETA]) + u * (torch.tensor([[a.begin, a.end]]) - torch.tensor([TWO_THETA]))
+    limits = (4 * math.pi / CU_KA * torch.deg2rad(two_theta / 2).sin()).log()
+    return View(limits, RESOLUTION * (a.resolution / RESOLUTION) ** float(torch.rand((), generator=generator)))
 
 # %% ../nbs/01_diffraction.ipynb #5fc0d134
 Range = float | tuple[float, float]

@@ -461,8 +461,11 @@ def background(
 ) -> np.ndarray:  # (k,)
     "The background under the peaks (SNIP)."
     from pybaselines import Baseline
-    window = min(max(2, round(reach / step)), (len(intensity) - 1) // 2)
-    return Baseline().snip(intensity, max_half_window=window, decreasing=True, smooth_half_window=max(1, round(0.05 / step)))[0]
+    n, k = len(intensity), max(1, round(reach / step) // 30)  # so smooth a curve needs no more than thirty points within its reach
+    coarse = intensity[: n // k * k].reshape(-1, k).mean(1)
+    window = min(max(2, round(reach / step / k)), (len(coarse) - 1) // 2)
+    base = Baseline().snip(coarse, max_half_window=window, decreasing=True, smooth_half_window=max(1, round(0.05 / step / k)))[0]
+    return np.interp(np.arange(n), k * np.arange(len(coarse)) + (k - 1) / 2, base)
 
 
 def without_kalpha2(

@@ -466,7 +466,7 @@ def finetune(
     fusion: str = "cross",
     symmetry_weight: float = 2.0,  # of the crystal system's log loss, where a target's has 1
     modality_dropout: float = 0.0,
-    augment: str = "auto",  # how training samples differ from the calculation: ideal, lab or scaled; auto: scaled for XRD alone, else lab
+    augment: str = "auto",  # how training samples differ from the calculation: ideal, lab, scaled or measured; auto: scaled for XRD alone, else lab
     epochs: int = 8,
     batch_size: int = 64,
     lr: float = 0.0,  # 0: that of the size

@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .contrastive import Alignment, alignment_loss, processes, total
-from .diffraction import AUGMENTATIONS, Reflections, perturb, upload, window_pattern
+from .diffraction import AUGMENTATIONS, Reflections, draw_view, perturb, upload, window_pattern
 from .encoders import Tokens
 from .fusion import SIZES, Output, XxaCT, choose, drop_modalities, save_model, start_from
 from .materials import Batch, MaterialSet, crystal_system
@@ -86,7 +86,7 @@ class Supervised(nn.Module):
         model: XxaCT,
         symmetry_weight: float = 2.0,  # of the crystal system's log loss, where a target's has 1; the space group's has half of it
         modality_dropout: float = 0.0,  # share of materials that lose each of the two modalities
-        augment: str = "lab",  # how samples differ from the calculation: ideal (not at all), lab, or scaled (lab, and the size of the cell)
+        augment: str = "lab",  # how samples differ from the calculation: ideal (not at all), lab, scaled (lab, and the size of the cell) or measured
     ):
         super().__init__()
         choose("augment", augment, tuple(AUGMENTATIONS))
@@ -106,9 +106,13 @@ class Supervised(nn.Module):
         keep = None
         if self.model.config["modalities"] == "both" and self.modality_dropout:
             keep = upload(drop_modalities(len(batch.composition), self.modality_dropout, generator), batch.composition.device)
-        batch = batch._replace(reflections=perturb(batch.reflections, AUGMENTATIONS[self.augment], generator))
-        if share: batch, keep = share.of(batch), None if keep is None else keep[share.materials]
-        return Prepared(batch._replace(reflections=self.model.see(batch.reflections)), keep)
+        a = AUGMENTATIONS[self.augment]
+        batch, view = batch._replace(reflections=perturb(batch.reflections, a, generator)), draw_view(len(batch.composition), a, generator)
+        if share:
+            batch, keep = share.of(batch), None if keep is None else keep[share.materials]
+            view = view and view._replace(limits=view.limits[share.materials])
+        if view: view = view._replace(limits=upload(view.limits, batch.composition.device))
+        return Prepared(batch._replace(reflections=self.model.see(batch.reflections, view=view)), keep)
 
     def compute(self, p: Prepared) -> Output:
         "What the model says."
@@ -686,7 +690,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value, text in (("size", "small", "nano, small, base or large"), ("fusion", "cross", "cross or concat"),
                               ("tokeniser", "peaks", "peaks or patches"), ("mxm-weight", 1.0, "in pretraining"),
                               ("contrastive-weight", 0.2, "in pretraining"), ("mask-share", 0.4, "of the windows, hidden in pretraining"),
-                              ("augment", "lab", "samples in fine-tuning: ideal, lab or scaled"), ("epochs", 8, ""),
+                              ("augment", "lab", "samples in fine-tuning: ideal, lab, scaled or measured"), ("epochs", 8, ""),
                               ("batch-size", 64, "of all processes together"), ("lr", 0.0, "0: that of the size"),
                               ("schedule", "cosine", "cosine or constant"),
                               ("patience", 0, "epochs without a better validation loss after which to stop, with the best weights; 0: never"),
