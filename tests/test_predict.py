@@ -1,0 +1,195 @@
+"Predictor: what comes in, calibration that holds on other materials, retrieval, and one line for what cannot be read."
+
+import numpy as np
+import pytest
+import torch
+
+from xxact.composition import SYMBOLS, parse_formula
+from xxact.diffraction import LN_Q
+from xxact.fusion import XxaCT
+from xxact.materials import CRYSTAL_SYSTEMS, MaterialSet
+from xxact.patterns import Measured, as_pattern
+from xxact.predict import (
+    CASES,
+    SYSTEM_OF_GROUP,
+    Index,
+    Input,
+    Predictor,
+    Raw,
+    as_inputs,
+    as_measured,
+    ask,
+    fit_case,
+    formula_of,
+    make_index,
+    make_predictor,
+    probabilities,
+    spread_of,
+)
+from xxact.reproduce import load_table
+
+X = np.linspace(10, 80, 3501)
+Y = 50 + sum(h * np.exp(-(((X - c) / 0.08) ** 2)) for c, h in ((27.4, 1000), (36.1, 400), (41.2, 150), (54.3, 600), (69.0, 200)))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return load_table("prototypes:500", cache=tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def data(table):
+    return MaterialSet.from_table(table, ["volume_per_atom", "lattice_energy_per_atom"])
+
+
+@pytest.fixture(scope="module")
+def predictor(data, table):
+    torch.manual_seed(0)
+    model = XxaCT("nano", targets=data.target_names)
+    model.fit_scale(data.targets[data.indices("train")])
+    p = make_predictor(model.eval(), data)
+    p.index = make_index(model, data, table["formula"].to_list())
+    return p
+
+
+def test_one_or_many_of_any_kind(predictor, tmp_path):
+    np.savetxt(tmp_path / "a.xy", np.c_[X, Y])
+    pattern = as_pattern(X, Y, "CuKa")
+    columns = ["formula", "volume_per_atom", "volume_per_atom_std", "lattice_energy_per_atom", "lattice_energy_per_atom_std", "crystal_system",
+               "crystal_system_p", "space_group", "space_group_p", "in_domain"]  # fmt: skip
+    one = predictor.predict("TiO2", tmp_path / "a.xy", "CuKa")
+    assert one.columns == columns and one.height == 1
+    many = predictor.predict(["TiO2", None, "TiO2", "TiO2", "Ti0.5O"], [pattern, (X, Y), None, str(tmp_path / "a.xy"), (list(X), list(Y))], "CuKa")
+    assert many.columns == columns and many.height == 5
+    wide = ["volume_per_atom", "volume_per_atom_std", "crystal_system_p", "space_group_p"]
+    for row in (0, 3, 4):
+        np.testing.assert_allclose(many[row].select(wide).to_numpy(), one.select(wide).to_numpy(), rtol=1e-4)
+    assert many["crystal_system"].is_in(CRYSTAL_SYSTEMS).all() and many["space_group"].is_between(1, 230).all()
+    assert (many.select("volume_per_atom_std", "lattice_energy_per_atom_std").to_numpy() > 0).all()
+    assert predictor.embed("TiO2").shape == (1, 128) and predictor.embed(None, [pattern] * 3).shape == (3, 128)
+    assert not np.allclose(predictor.embed("TiO2"), predictor.embed("TiO2", pattern))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("formula, pattern, reason", [
+    (None, None, "give a formula, a pattern, or both"), ([], None, "give a formula, a pattern, or both"), ("Xx2", None, "Xx"),
+    (["NaCl", "Q"], None, "input 1: "),
+    (["NaCl"], [(X, Y)] * 2, "1 formulas and 2 patterns"), (["NaCl", None], None, "input 1: neither a formula nor a pattern"),
+    (None, (X, Y[:9]), "two columns of one length"), (None, (X, 0 * Y), "no peak"), (None, "nowhere.xy", "nowhere.xy: no such file"),
+    (["NaCl", "KCl"], [(X, Y), "nowhere.xy"], "input 1: nowhere.xy: no such file"),
+])  # fmt: skip
+def test_what_cannot_be_read_says_why(predictor, formula, pattern, reason):
+    with pytest.raises(ValueError, match=reason) as e:
+        predictor.predict(formula, pattern)
+    assert "\n" not in str(e.value)
+
+
+def test_a_missing_modality_is_not_seen(predictor):
+    "The stand-in for what is missing must not matter."
+    a, b = (ask(predictor.model, as_inputs([f, None], [None, (X, Y)], "CuKa")) for f in ("NaCl", "KBr"))
+    assert torch.equal(a.embedding[1], b.embedding[1]) and not torch.allclose(a.embedding[0], b.embedding[0])
+    alone = ask(predictor.model, as_inputs("NaCl"))
+    torch.testing.assert_close(alone.embedding[0], a.embedding[0], rtol=1e-4, atol=1e-5)
+
+
+def test_unimodal_weights_answer_what_they_can(data):
+    torch.manual_seed(0)
+    p = make_predictor(XxaCT("nano", "composition", targets=data.target_names).eval(), data)
+    assert set(p.cases) == {"formula"} and p.predict(["NaCl", "MgO"]).height == 2
+    with pytest.raises(ValueError, match="input 0: these weights need a formula"):
+        p.predict(None, (X, Y), "CuKa")
+
+
+def made_up(n: int, seed: int) -> tuple[Raw, torch.Tensor, torch.Tensor]:
+    "Predictions whose errors grow along one direction of the embedding, and whose classes are too sure of themselves; truth and space groups."
+    g = torch.Generator().manual_seed(seed)
+    embedding, noise = torch.randn(n, 16, generator=g), torch.randn(n, 2, generator=g)
+    targets = torch.randn(n, 2, generator=g)
+    truth = targets + noise * torch.stack([0.3 * (0.7 * embedding[:, 0]).exp(), torch.full((n,), 0.3)], 1)
+    truth[::7, 1] = torch.nan
+    logits = torch.randn(n, 230, generator=g)
+    group = 1 + torch.distributions.Categorical(logits=logits).probs.multinomial(1, generator=g).squeeze(1)
+    system = torch.zeros(n, 7).index_add_(1, SYSTEM_OF_GROUP, logits.softmax(1)).log()
+    return Raw(targets, 3 * system, 3 * logits, embedding), truth, group
+
+
+def test_intervals_and_probabilities_hold_on_other_materials():
+    case = fit_case(*made_up(3000, 0), made_up(3000, 2)[0].embedding)
+    raw, truth, group = made_up(3000, 1)
+    std, far = spread_of(raw, case)
+    inside, known = (raw.targets - truth).abs() <= 1.645 * std, truth.isfinite()
+    assert ((inside & known).sum(0) / known.sum(0) - 0.9).abs().max() < 0.02
+    first = std[:, 0].argsort().chunk(3)
+    assert all(abs(float(inside[rows, 0].float().mean()) - 0.9) < 0.05 for rows in first)  # also where it is sure, and where it is not
+    assert std[first[2], 0].mean() > 2 * std[first[0], 0].mean() and 0.9 < case["temperature"][1] / 3 < 1.1
+    assert (
+        abs(float((far > 1).float().mean()) - 0.01) < 0.01
+        and (spread_of(raw._replace(embedding=5 + 5 * raw.embedding), case)[1] > 1).float().mean() > 0.99
+    )
+    system, space = probabilities(raw, case["temperature"])
+    assert torch.allclose(space.sum(1), torch.ones(3000), atol=1e-5)
+    sure, hit = space.amax(1), (space.argmax(1) == group - 1).float()
+    assert abs(float(sure.mean() - hit.mean())) < 0.03
+    with pytest.raises(ValueError, match="too few to calibrate on; at least 40"):
+        fit_case(*made_up(30, 0), torch.randn(99, 16))
+
+
+def test_a_measured_pattern_finds_its_material(predictor, data, table):
+    index = torch.arange(0, len(data), 40)
+    first = 0
+    for i, p in zip(index.tolist(), as_measured(data, index, seed=3), strict=True):
+        found = predictor.search(p, top=5)
+        assert found["match"].is_sorted(descending=True) and found.height == 5
+        first += found["space_group"][0] == table["space_group"][i]
+        own = predictor.search(p, formula=table["formula"][i])
+        assert data.material_ids[i] in own["material_id"].to_list()
+    assert first > 0.6 * len(index)  # of the untrained model's 200 candidates the peaks find the structure
+
+
+def test_search_says_what_it_lacks(predictor, tmp_path):
+    with pytest.raises(ValueError, match="none of the 5\\d\\d known materials has just these elements"):
+        predictor.search((X, Y), elements=["Xe"], wavelength="CuKa")
+    with pytest.raises(ValueError, match="none of the 5\\d\\d known materials has the composition NaCl9"):
+        predictor.search((X, Y), formula="NaCl9", wavelength="CuKa")
+    with pytest.raises(ValueError, match="there is no element 'Q'"):
+        predictor.search((X, Y), elements=["Q"], wavelength="CuKa")
+    bare = Predictor(predictor.model, predictor.cases, predictor.elements)
+    with pytest.raises(ValueError, match="has no index of materials"):
+        bare.search((X, Y), wavelength="CuKa")
+    (tmp_path / "a.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="is no index of materials"):
+        Index.load(tmp_path / "a.safetensors")
+
+
+def test_a_folder_keeps_everything(predictor, tmp_path):
+    predictor.save(tmp_path / "a")
+    again = Predictor.load(tmp_path / "a")
+    a, b = (p.predict(["NaCl", None], [None, (X, Y)], "CuKa") for p in (predictor, again))
+    np.testing.assert_allclose(
+        a.select("volume_per_atom", "volume_per_atom_std").to_numpy(), b.select("volume_per_atom", "volume_per_atom_std").to_numpy(), rtol=1e-5
+    )
+    assert again.search((X, Y), wavelength="CuKa")["material_id"].equals(predictor.search((X, Y), wavelength="CuKa")["material_id"])
+    for name in ("card.json", "calibration.safetensors", "model.safetensors"):
+        (tmp_path / "a" / name).write_bytes(b"{")
+        with pytest.raises(ValueError, match="holds no"):
+            Predictor.load(tmp_path / "a")
+    with pytest.raises(ValueError, match="holds no predictor"):
+        Predictor.load(tmp_path)
+
+
+def test_unknown_elements_are_out_of_the_domain(predictor, data, table):
+    strange = SYMBOLS[1 + int((~predictor.elements).int().argmax())]
+    assert predictor.predict(f"{strange}O2")["in_domain"].to_list() == [False]
+    formulas = [table["formula"][i] for i in data.indices("test").tolist()]
+    known = [f for f in formulas if all(predictor.elements[z - 1] for z in parse_formula(f)[0])]
+    assert len(known) > 20 and predictor.predict(known)["in_domain"].mean() > 0.7
+
+
+def test_formulas_come_back_as_fractions(data, table):
+    for i in (0, 77, 200):
+        (z, x), (other_z, other_x) = parse_formula(formula_of(data, i)), parse_formula(table["formula"][i])
+        np.testing.assert_array_equal(z, other_z), np.testing.assert_allclose(x, other_x, atol=1e-5)
+
+
+def test_nothing_measured_is_no_input():
+    assert Input(None, Measured(np.ones(1), np.ones(1), LN_Q)).case == "pattern" and list(CASES) == ["formula", "pattern", "both"]
