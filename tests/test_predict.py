@@ -180,7 +180,7 @@ def test_a_folder_keeps_everything(predictor, tmp_path):
 def test_unknown_elements_are_out_of_the_domain(predictor, data, table):
     strange = SYMBOLS[1 + int((~predictor.elements).int().argmax())]
     assert predictor.predict(f"{strange}O2")["in_domain"].to_list() == [False]
-    formulas = [table["formula"][i] for i in data.indices("test").tolist()]
+    formulas = [table["formula"][i] for i in data.indices("train").tolist()]
     known = [f for f in formulas if all(predictor.elements[z - 1] for z in parse_formula(f)[0])]
     assert len(known) > 20 and predictor.predict(known)["in_domain"].mean() > 0.7
 
