@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from xxact.diffraction import LN_Q, MEASUREMENTS, batch_reflections, ln_q_of, lorentz_polarisation, render
 from xxact.patterns import Pattern, as_pattern, even_grid, find_peaks, read_pattern, to_reflections, tube_lines, without_kalpha2
+from xxact.reproduce import main
 
 REAL = os.environ.get("XXACT_REAL_DATA")
 needs_real = pytest.mark.skipif(not REAL, reason="set XXACT_REAL_DATA to the folder of real data")
@@ -415,3 +416,21 @@ def test_a_long_scan_is_averaged_and_a_short_one_is_not():
     np.testing.assert_allclose(x, X), np.testing.assert_allclose(y, Y)
     x, y, step = even_grid(p, 30)
     assert len(x) <= 30 and abs(y.mean() / Y.mean() - 1) < 0.05 and abs(step - np.ptp(X) / 30) < 1e-9
+
+
+def test_files_of_any_format_become_columns(tmp_path, capsys):
+    names = ["a.xrdml", "a.brml", "q.csv", "bad.xy", "a.xy"]
+    for name in names:
+        if name in FILES: write(tmp_path, name)
+    (tmp_path / "bad.xy").write_text("a story")
+    out = tmp_path / "out"
+    assert main(["convert", *(str(tmp_path / n) for n in names), "--out", str(out)]) == 2
+    said = capsys.readouterr()
+    assert said.out.split() == [str(out / n) for n in ("a.xy", "q.xy")]
+    assert said.err.count("a.xy exists already") == 2 and "bad.xy: no two columns" in said.err
+    assert said.err.strip().splitlines()[-1] == "xxact: 3 of 5 files were not converted"
+    p = read_pattern(out / "a.xy")
+    np.testing.assert_allclose(p.two_theta, X, atol=1e-6), np.testing.assert_array_equal(p.intensity, Y)
+    assert (p.wavelength, p.metadata["kalpha2"]) == (1.5406, 1.54439)
+    assert main(["convert", str(tmp_path / "q.csv"), "--wavelength", "1.5406", "--out", str(tmp_path / "other")]) == 0
+    np.testing.assert_allclose(read_pattern(tmp_path / "other" / "q.xy").two_theta, X, atol=1e-5)

@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -818,11 +819,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     p.add_argument("--steps", type=int, default=0, help="steps in a round (default: 50 on a GPU, 8 on a CPU)")
     p.add_argument("--rounds", type=int, default=5, help="how many rounds (default: 5)")
+    p = commands.add_parser("convert", help="write measured patterns of any format as columns of 2θ and intensity (.xy)")
+    p.add_argument("files", nargs="+", metavar="FILE", type=Path, help="what a diffractometer wrote")
+    p.add_argument("--out", metavar="FOLDER", type=Path, help="where the .xy files go (default: beside each file)")
+    p.add_argument("--wavelength", metavar="Å", help="of files that do not say it: a number, or a line like CuKa (default: CuKa)")
+    p.add_argument("--unit", help="of the first column, where the file does not say it: two_theta, q, q_nm or d (default: two_theta)")
     commands.add_parser("readme", help="fill the generated blocks of README.md")
     a, rest = parser.parse_known_args(arguments)
     if rest and (a.command != "reproduce" or any(r.startswith("-") for r in rest)): parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if a.command == "reproduce": a.parameters += rest  # NAME=VALUE may stand between options
-    try: return dict(reproduce=_reproduce, download=_download, prepare=_prepare, data=_card, bench=_bench, readme=_readme)[a.command](a)
+    run = dict(reproduce=_reproduce, download=_download, prepare=_prepare, data=_card, bench=_bench, convert=_convert, readme=_readme)[a.command]
+    try: return run(a)
     except (ValueError, OSError) as e: print(f"xxact: {' '.join(str(e).split())}", file=sys.stderr); return 2
     except NotebookFailed as e: print(f"xxact: {e}", file=sys.stderr); return 2 if e.bad_input else 1
     except RuntimeError as e: print(f"xxact: {e}", file=sys.stderr); return 1
@@ -903,6 +910,25 @@ def _load_set(dataset: str, source: str) -> MaterialSet:
     if dataset.endswith(".safetensors"): return MaterialSet.load(dataset)
     df = load_table(dataset, source)
     return MaterialSet.from_table(df, wanted_targets(df))
+
+
+def _convert(a: argparse.Namespace) -> int:
+    from xxact.patterns import read_pattern, write_pattern
+    failed = 0
+    if a.out: a.out.mkdir(parents=True, exist_ok=True)
+    for file in a.files:
+        target = (a.out or file.parent) / f"{file.stem}.xy"
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = lambda message, *rest: print(f"xxact: {message}", file=sys.stderr)
+            try:
+                write_pattern(read_pattern(file, a.wavelength, a.unit), target)
+                print(target)
+            except (ValueError, OSError) as e:
+                print(f"xxact: {e}", file=sys.stderr)
+                failed += 1
+    if failed and len(a.files) > 1: print(f"xxact: {failed} of {len(a.files)} files were not converted", file=sys.stderr)
+    return 2 if failed else 0
 
 
 def _readme(a: argparse.Namespace) -> int:
