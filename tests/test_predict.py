@@ -1,10 +1,13 @@
 "Predictor: what comes in, calibration that holds on other materials, retrieval, and one line for what cannot be read."
 
+import json
+
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
-from xxact.composition import SYMBOLS, parse_formula
+from xxact.composition import SYMBOLS, composition_key, parse_formula, split_of
 from xxact.diffraction import LN_Q
 from xxact.fusion import XxaCT
 from xxact.materials import CRYSTAL_SYSTEMS, MaterialSet
@@ -26,7 +29,7 @@ from xxact.predict import (
     probabilities,
     spread_of,
 )
-from xxact.reproduce import load_table
+from xxact.reproduce import load_table, ship
 
 X = np.linspace(10, 80, 3501)
 Y = 50 + sum(h * np.exp(-(((X - c) / 0.08) ** 2)) for c, h in ((27.4, 1000), (36.1, 400), (41.2, 150), (54.3, 600), (69.0, 200)))
@@ -193,3 +196,21 @@ def test_formulas_come_back_as_fractions(data, table):
 
 def test_nothing_measured_is_no_input():
     assert Input(None, Measured(np.ones(1), np.ones(1), LN_Q)).case == "pattern" and list(CASES) == ["formula", "pattern", "both"]
+
+
+def test_what_is_shipped_has_not_seen_what_scores_it(tmp_path, table):
+    dataset, measured = tmp_path / "table.parquet", tmp_path / "measured.parquet"
+    table.write_parquet(dataset)
+    out = table["formula"].filter(table["formula"].map_elements(lambda f: split_of(composition_key(f)) == "train", pl.Boolean)).unique().sort()[:40]
+    pl.DataFrame({"formula": out}).write_parquet(measured)
+    p = ship(str(dataset), tmp_path / "weights", leave_out=[measured], size="nano", epochs=1, device="cpu", runs=tmp_path / "runs")
+    assert p.card["left_out"] == f"{table['formula'].is_in(out.implode()).sum()} materials of 40 compositions"
+    [params] = (tmp_path / "runs").glob("*/params.json")
+    assert json.loads(params.read_text())["augment"] == "measured"
+    again = Predictor.load(tmp_path / "weights")
+    assert again.card["test"] == p.card["test"] and set(p.card["test"]) == {"formula", "pattern", "both"}
+    assert len(again.index.formula) == len(table) and again.card["licence"] and again.card["citation"] and again.card["not_for"]
+    for case, scored in p.card["test"].items():
+        assert scored["n"] > 20 and 0 <= scored["volume_per_atom/coverage"] <= 1 and 0 <= scored["crystal_system/calibration_error"] < 1, case
+    with pytest.raises(ValueError, match="is no Parquet table with a column formula"):
+        ship(str(dataset), tmp_path / "weights", leave_out=[params], runs=tmp_path / "runs")

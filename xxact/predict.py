@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PatternLike', 'CASES', 'SYSTEM_OF_GROUP', 'COVERAGE', 'WITHIN', 'KEPT_PEAKS', 'RERANKED', 'MOVED', 'SHIPPED', 'Input',
            'as_inputs', 'batch_inputs', 'Raw', 'ask', 'probabilities', 'fit_case', 'spread_of', 'Index', 'make_index',
-           'strongest_peaks', 'peak_match', 'Predictor', 'as_measured', 'formula_of', 'make_predictor']
+           'strongest_peaks', 'peak_match', 'Predictor', 'as_measured', 'formula_of', 'make_predictor',
+           'score_predictor']
 
 # %% ../nbs/11_predict.ipynb #ef633564
 import json
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from .composition import SYMBOLS, composition_key, formula_amounts, parse_formula
 from .diffraction import LN_Q, Peaks, Reflections, View, batch_reflections, draw, peaks, render
-from .fusion import XxaCT, load_model, save_model
+from .evaluate import calibration_error
+from .fusion import LOG_TARGETS, XxaCT, load_model, save_model
 from .materials import CRYSTAL_SYSTEMS, Batch, MaterialSet, crystal_system
 from .patterns import Measured, Pattern, as_pattern, read_pattern, to_reflections
 
@@ -282,7 +284,7 @@ class Predictor:
         self,
         model: XxaCT,
         cases: dict[str, dict[str, Tensor]],  # calibration of formula, pattern and both, as far as the model can read them
-        elements: Tensor,  # (103,) bool, those it was trained on
+        elements: Tensor,  # (103,) bool, those that five training materials or more hold
         index: Index | None = None,
         card: dict | None = None,  # data, licence, citation, scores
     ):
@@ -448,4 +450,37 @@ def make_predictor(
         cases[case] = fit_case(Raw(*(x[:held_out] for x in raw)), truth, group, raw.embedding[held_out:])
     row = torch.repeat_interleave(torch.arange(len(data)), data.first_element.diff())
     counts = torch.bincount(data.atomic_numbers[torch.isin(row, train)].long() - 1, minlength=103)
-    return Predictor(model, cases, counts >= 10, card=dict(validation_materials=held_out, patterns_without_peaks=int((~seen).sum())))
+    return Predictor(model, cases, counts >= 5, card=dict(validation_materials=held_out, patterns_without_peaks=int((~seen).sum())))
+
+# %% ../nbs/11_predict.ipynb #52991b43
+def score_predictor(
+    p: Predictor,
+    data: MaterialSet,
+    index: Tensor,  # materials that neither training nor calibration has seen
+    seed: int = 1,  # of the rendered patterns
+) -> dict[str, dict[str, float]]:  # of each case: errors, accuracies, coverage of the 90 % intervals, calibration errors, share in the domain
+    "Errors and honesty of a predictor on measured-like patterns."
+    patterns = as_measured(data, index, seed=seed)
+    seen = torch.tensor([q is not None for q in patterns])
+    index, patterns = index[seen], [q for q in patterns if q]
+    formulas, group = [formula_of(data, int(i)) for i in index], data.space_group[index].long().numpy()
+    truth = data.targets[index].numpy()
+    results: dict[str, dict[str, float]] = {}
+    for case in p.cases:
+        composition, xrd = CASES[case]
+        table = p.table([Input(f if composition else None, q if xrd else None) for f, q in zip(formulas, patterns, strict=True)])
+        result = dict(n=len(index), in_domain=float(table["in_domain"].mean()))
+        for t, name in enumerate(p.model.config["targets"]):
+            y, known, value, std = truth[:, t], np.isfinite(truth[:, t]), table[name].to_numpy(), table[f"{name}_std"].to_numpy()
+            log = name in LOG_TARGETS
+            miss = np.abs(np.log(value / y)) if log else np.abs(value - y)
+            result[f"{name}/{'mae_ln' if log else 'mae'}"] = float(miss[known].mean())
+            result[f"{name}/coverage"] = float((miss <= WITHIN * (std / value if log else std))[known].mean())
+        system = crystal_system(torch.from_numpy(group)).numpy()
+        answers = dict(crystal_system=(np.array([CRYSTAL_SYSTEMS.index(s) for s in table["crystal_system"]]), system),
+                       space_group=(table["space_group"].to_numpy(), group))
+        for name, (answer, true) in answers.items():
+            right, sure = (answer == true)[group > 0], table[f"{name}_p"].to_numpy()[group > 0]
+            result |= {f"{name}/accuracy": float(right.mean()), f"{name}/calibration_error": calibration_error(sure, right)}
+        results[case] = result
+    return results

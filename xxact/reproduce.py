@@ -7,7 +7,7 @@ __all__ = ['ARMS', 'OPTIONS', 'MODELS', 'DEFAULT_TARGETS', 'MAIN', 'SWEEPS', 'SH
            'experiments', 'defaults', 'parameters_cell', 'parse_value', 'parameters', 'check_parameters', 'split_list',
            'load_table', 'wanted_targets', 'Run', 'provenance', 'keep_row', 'kept_predictions', 'find_row', 'pretrain',
            'enough_epochs', 'load_pretraining', 'pretraining_scores', 'finetune', 'write_predictions', 'dummy_scores',
-           'NotebookFailed', 'run_notebook', 'reproduce', 'read_results', 'results_table', 'accuracy_table',
+           'ship', 'NotebookFailed', 'run_notebook', 'reproduce', 'read_results', 'results_table', 'accuracy_table',
            'keep_verdict', 'verdicts', 'changes_table', 'update_readme', 'conditions', 'main']
 
 # %% ../nbs/12_reproduce.ipynb #7101ca53
@@ -38,13 +38,14 @@ from torch import Tensor
 
 import xxact
 from . import __version__
-from .composition import SPLITS
+from .composition import SPLITS, composition_hash, composition_key
 from .diffraction import AUGMENTATIONS, window_pattern
 from .encoders import TOKENISERS
 from .evaluate import dummy, retrieval, scores
 from .fusion import FUSIONS, SIZES, XxaCT, choose, load_model, save_model, start_from
 from .materials import TARGETS, MaterialSet, read_table
 from .mxm import TrivialPredictors, hide_windows, window_errors
+from .predict import Predictor, make_index, make_predictor, score_predictor
 from .trainer import RECIPE, Predictions, Pretraining, Supervised, draws, pick_device, predict, read_log, run_id, train
 
 if TYPE_CHECKING:
@@ -535,6 +536,46 @@ def dummy_scores(data: MaterialSet) -> dict[str, float]:
     index = data.indices("test")
     return scores(dummy(data, data.indices("train"), len(index)), data, index)
 
+# %% ../nbs/12_reproduce.ipynb #4e67c943
+def ship(
+    dataset: str,
+    out: str | Path,  # folder of the predictor
+    source: str = "",  # sources to use, comma-separated; empty: all
+    leave_out: Sequence[str | Path] = (),  # Parquet tables whose compositions (column `formula`) must not be trained on
+    size: str = "small",
+    epochs: int = 12,
+    batch_size: int = 32,
+    seed: int = 0,
+    device: str = "auto",
+    runs: str | Path | None = None,  # folder of runs; None: that of the clone
+) -> Predictor:
+    "Train, calibrate, score and index a predictor for measured patterns. Raises `ValueError` for input that cannot be used."
+    import polars as pl
+    from xxact.sources import SOURCES
+
+    df, formulas = load_table(dataset, source), []
+    for path in leave_out:
+        try: formulas += pl.read_parquet(path, columns=["formula"])["formula"].drop_nulls().to_list()
+        except (pl.exceptions.PolarsError, OSError) as e: raise ValueError(f"{path} is no Parquet table with a column formula: {e}") from e
+    left_out = {composition_hash(composition_key(f)) for f in formulas}
+    everything = MaterialSet.from_table(df, [])
+    learned = df.filter(~pl.col("composition").is_in(list(left_out)))
+    data = MaterialSet.from_table(learned, wanted_targets(df))
+    run = finetune(data, Path(runs or project_root() / "runs/ship"), size=size, modality_dropout=0.25, augment="measured", symmetry_weight=2.0,
+                   epochs=epochs, batch_size=batch_size, seed=seed, device=device)
+    predictor = make_predictor(load_model(run.weights), data)
+    predictor.index = make_index(predictor.model, everything, df["formula"].to_list())
+    sources = sorted(set(df["source"]))
+    predictor.card |= dict(
+        trained_on=f"{run.results['training_materials']} materials, their calculated peaks drawn anew each time as a laboratory would measure them",
+        sources=sources, licence=[SOURCES[s][0] for s in sources if s in SOURCES], citation=[SOURCES[s][1] for s in sources if s in SOURCES],
+        index=f"{len(df)} materials", left_out=f"{len(df) - len(learned)} materials of {len(left_out)} compositions",
+        not_for="mixtures, amorphous or strongly textured samples, elements outside its training, and anything where an error would be dangerous",
+        parameters=dict(size=size, epochs=epochs, batch_size=batch_size, seed=seed), run=run.id, **provenance(),
+        test=score_predictor(predictor, data, data.indices("test")))
+    predictor.save(out)
+    return predictor
+
 # %% ../nbs/12_reproduce.ipynb #3190f96d
 class NotebookFailed(RuntimeError):
     "A notebook that did not run to its end."
@@ -819,6 +860,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     p.add_argument("--steps", type=int, default=0, help="steps in a round (default: 50 on a GPU, 8 on a CPU)")
     p.add_argument("--rounds", type=int, default=5, help="how many rounds (default: 5)")
+    p = commands.add_parser("ship", help="train, calibrate and index a predictor for measured patterns: the weights in the package")
+    p.add_argument("dataset", metavar="SOURCE", help="anything that can be prepared")
+    p.add_argument("--out", required=True, metavar="FOLDER", type=Path, help="where the weights go")
+    p.add_argument("--source", default="", help="sources whose labels and materials are used (default: all)")
+    p.add_argument("--leave-out", default=[], action="append", metavar="TABLE", type=Path,
+                   help="a Parquet table with a column `formula` of materials that will score the predictor and must not train it (can be repeated)")
+    p.add_argument("--size", default="small", help="nano, small, base or large (default: small)")
+    p.add_argument("--epochs", type=int, default=12, help="of training (default: 12)")
+    p.add_argument("--batch-size", type=int, default=32, help="materials (default: 32)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     p = commands.add_parser("convert", help="write measured patterns of any format as columns of 2θ and intensity (.xy)")
     p.add_argument("files", nargs="+", metavar="FILE", type=Path, help="what a diffractometer wrote")
     p.add_argument("--out", metavar="FOLDER", type=Path, help="where the .xy files go (default: beside each file)")
@@ -828,8 +880,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a, rest = parser.parse_known_args(arguments)
     if rest and (a.command != "reproduce" or any(r.startswith("-") for r in rest)): parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if a.command == "reproduce": a.parameters += rest  # NAME=VALUE may stand between options
-    run = dict(reproduce=_reproduce, download=_download, prepare=_prepare, data=_card, bench=_bench, convert=_convert, readme=_readme)[a.command]
-    try: return run(a)
+    run = dict(reproduce=_reproduce, download=_download, prepare=_prepare, data=_card, bench=_bench, ship=_ship, convert=_convert, readme=_readme)
+    try: return run[a.command](a)
     except (ValueError, OSError) as e: print(f"xxact: {' '.join(str(e).split())}", file=sys.stderr); return 2
     except NotebookFailed as e: print(f"xxact: {e}", file=sys.stderr); return 2 if e.bad_input else 1
     except RuntimeError as e: print(f"xxact: {e}", file=sys.stderr); return 1
@@ -910,6 +962,14 @@ def _load_set(dataset: str, source: str) -> MaterialSet:
     if dataset.endswith(".safetensors"): return MaterialSet.load(dataset)
     df = load_table(dataset, source)
     return MaterialSet.from_table(df, wanted_targets(df))
+
+
+def _ship(a: argparse.Namespace) -> int:
+    options = {k: v for k, v in vars(a).items() if k != "command"}
+    predictor = ship(**options)
+    print(json.dumps(predictor.card["test"], indent=1))
+    print(a.out, f"{sum(f.stat().st_size for f in a.out.iterdir()) / 1e6:.1f} MB")
+    return 0
 
 
 def _convert(a: argparse.Namespace) -> int:
