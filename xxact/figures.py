@@ -235,7 +235,7 @@ def plot_convergence(
             ax.set_yscale("log"); ax.set_ylim(here["low"].min() * 0.9, here["low"].min() * 2.5); _plain_numbers(ax)
             if metric == next(iter(labels)): ax.set_title(f"{share:.0%} of the labels".replace("%", " %"), fontsize=7)
         row[0].set_ylabel(label, fontsize=7)
-    for ax in axes[-1]: ax.set_xlabel("fine-tuning step")
+    for ax in axes[-1]: ax.set_xlabel("fine-tuning step", fontsize=7); ax.tick_params(axis="x", labelsize=6)
     axes[0, -1].legend(fontsize=6)
     return fig, band
 
@@ -245,7 +245,7 @@ def _plain_numbers(ax: "Axes") -> None:
     import matplotlib.ticker as ticker
     ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5))); ax.yaxis.set_minor_locator(ticker.NullLocator())
     ax.yaxis.set_major_formatter("{x:.3g}")
-    ax.tick_params(axis="y", which="both", labelsize=5)
+    ax.tick_params(axis="y", which="both", labelsize=6)
 
 
 def plot_speed_ups(
@@ -257,7 +257,7 @@ def plot_speed_ups(
     import matplotlib.pyplot as plt
 
     shares, arms = sorted(speed["share"].unique()), speed["arm"].unique(maintain_order=True).to_list()
-    fig, axes = plt.subplots(1, len(shares), figsize=(2.1 * len(shares) + 1, 0.5 * len(labels) + 0.6), squeeze=False, sharey=True, sharex=True)
+    fig, axes = plt.subplots(1, len(shares), figsize=(2.1 * len(shares) + 1, 0.5 * len(labels) + 0.8), squeeze=False, sharey=True, sharex=True)
     least = 0.25
     for ax, share in zip(axes[0], shares):
         for i, metric in enumerate(labels):
@@ -267,11 +267,12 @@ def plot_speed_ups(
                 ax.plot([x[0], x[-1]], [y, y], color=f"C{j + 1}", lw=1.5, alpha=0.5)
                 ax.plot(np.median(x), y, "o", ms=3.5, color=f"C{j + 1}", label=arm if i == 0 else None)
         ax.axvline(1, color="0.4", lw=0.8); ax.axvline(4.2, color="0.7", lw=0.8, ls="--")
-        ax.set(xscale="log", xlabel="times as soon as scratch", ylim=(len(labels) - 0.5, -0.5))
+        ax.set(xscale="log", ylim=(len(labels) - 0.5, -0.5)); ax.set_xlabel("times as soon as scratch", fontsize=7)
         ax.set_title(f"{share:.0%} of the labels".replace("%", " %"), fontsize=7, pad=10)
         ax.set_xticks([least, 0.5, 1, 2, 4, 8], ["never", "½", "1", "2", "4", "8"]); ax.minorticks_off(); ax.tick_params(axis="x", labelsize=6)
     axes[0, 0].set_yticks(range(len(labels)), labels.values(), fontsize=7)
-    axes[0, -1].text(4.2, -0.55, "paper: up to 4.2", fontsize=5, ha="center", va="bottom"); axes[0, -1].legend(fontsize=6, loc="lower right")
+    axes[0, -1].text(4.2, -0.55, "paper: up to 4.2", fontsize=5, ha="center", va="bottom")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=6, loc="outside lower center", ncols=len(arms))
     return fig, speed
 
 
