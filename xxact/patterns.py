@@ -17,10 +17,9 @@ import zipfile
 import zlib
 from array import array
 from collections.abc import Iterator
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 from xml.etree import ElementTree
 
 import numpy as np
@@ -73,7 +72,7 @@ class Scan(NamedTuple):
     y: np.ndarray  # (k,)
     wavelength: float | None = None  # Å
     metadata: dict = {}
-    unit: str = "two_theta"  # of x, one of UNITS
+    unit: str | None = None  # of x, one of UNITS, where the file says it
 
 
 def as_pattern(
@@ -108,86 +107,119 @@ def as_pattern(
     if (np.diff(x) == 0).any():
         x, place, counts = np.unique(x, return_inverse=True, return_counts=True)
         y = np.bincount(place, y) / counts
-    if len(x) < max(10, 0.5 * n): raise ValueError(f"only {len(x)} different angles above 0° in {n} points; are the columns separated as they seem?")
+    if len(x) < max(10, 0.6 * n): raise ValueError(f"only {len(x)} different angles above 0° in {n} points; are the columns separated as they seem?")
     return Pattern(x, y, wavelength, dict(metadata or {}))
 
 # %% ../nbs/02_patterns.ipynb #f60232b9
 _NUMBER = re.compile(r"([+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan)$", re.IGNORECASE)
-_COLUMNS = dict(two_theta=("2theta", "twotheta", "2th", "tth", "2θ", "angle", "theta", "pos", "position"),
+_COLUMNS = dict(two_theta=("2theta", "twotheta", "2th", "tth", "2θ", "angle", "pos", "position", "theta"),
                 q=("q", "qvalue", "q1", "qa1", "q1a", "qinva"), q_nm=("qnm1", "q1nm", "qinvnm"), d=("d", "dspacing", "dvalue"),
                 intensity=("intensity", "int", "i", "counts", "cps", "y", "yobs", "iobs", "obs"))
-_WAVELENGTH = re.compile(r"(?:wave\s*length|lambda)[^\d\n]{0,20}?[=:\s]\s*(0\.\d{2,}|[12]\.\d{2,})\s*(?:Å|A|Ang|$|\s|;|,)", re.IGNORECASE)
-_ANODE = re.compile(r"(?:anode|target|x-?ray tube)\W{1,6}(Cu|Mo|Co|Cr|Fe|Ag)\b", re.IGNORECASE)
-_PIECE = 100_000  # lines
+_OTHER = re.compile(r"\b(energy|k?ev|time|omega|chi|phi|sin|rad|radians|scattering|tof|channel|s)\b", re.IGNORECASE)  # that are no 2θ, q or d
+_PIECE, _LINE = 100_000, 100_000  # lines read at once, and characters in one
 
 
-def _separator(line: str) -> tuple[str | None, bool]:
-    "What stands between the numbers of a line (None: blanks), and whether a comma is a decimal point."
-    line = line.strip()
-    for s in (";", "\t"):
-        if s in line: return s, "," in line
-    if re.search(r",\s|\s,", line): return ",", False
-    if re.search(r"\s", line): return None, "," in line
-    return ",", False
+def _separator(line: str) -> str | None:
+    "What stands between the numbers of a line; None: blanks and tabs."
+    if ";" in line: return ";"
+    return "," if re.search(r",\s|\s,", line) or not re.search(r"\s", line) else None
 
 
-def _fields(line: str, separator: str | None, decimal_comma: bool) -> list[str]:
-    return [f.strip() for f in (line.replace(",", ".") if decimal_comma else line).strip().split(separator)]
+def _fields(line: str, separator: str | None) -> list[str]:
+    return [f.strip() for f in line.rstrip(separator).split(separator)]
 
 
 def _begins_data(line: str) -> bool:
-    fields = _fields(line, *_separator(line))
+    separator = _separator(line)
+    fields = _fields(line if separator == "," else line.replace(",", "."), separator)
     return len(fields) >= 2 and all(_NUMBER.match(f) for f in fields[:2])
 
 
-def _named_columns(line: str, separator: str | None) -> dict[str, int]:
-    "Which columns a line of names means."
-    bare = lambda name: re.sub(r"[^a-z0-9θ]", "", name.lower().replace("å", "a"))
-    fields = _fields(line.lstrip("#'!;/* "), separator, False)
-    names = [(bare(f), bare(f if f.lower().startswith("q") else re.split(r"[(\[/]", f)[0])) for f in fields]
-    return {meaning: min(found) for meaning, known in _COLUMNS.items() if (found := [i for i, n in enumerate(names) if {*n} & {*known}])}
+def _named_columns(fields: list[str]) -> dict[str, int]:
+    "Which columns the names mean; where several mean the same, the one that says it best."
+    bare = lambda name: re.sub(r"[^a-z0-9θ]", "", name.lower().replace("å", "a").replace("⁻¹", "-1"))
+    names = [{bare(f), bare(f if f.lower().startswith("q") else re.split(r"[(\[/]", f)[0])} for f in fields]
+    found = {meaning: [(known.index(name), i) for i, has in enumerate(names) for name in has if name in known] for meaning, known in _COLUMNS.items()}
+    return {meaning: min(places)[1] for meaning, places in found.items() if places}
+
+
+def _pick_columns(title: str, rows: list[str], separator: str | None) -> tuple[tuple[int, ...], str | None]:
+    "Places of angle and intensity (and of d, where it stands beside 2θ), and the angle's unit where the title says it."
+    n = len(_fields(rows[0], separator))
+    split = ([f for f in _fields(title.lstrip("#'!;/* "), s) if f[:1] not in ("(", "[")] for s in (separator, "\t", ",", None))
+    titles = next((t for t in split if len(t) == n and not any(map(_NUMBER.match, t))), [])
+    names = _named_columns(titles)
+    unit = next((u for u in UNITS if u in names), None) if "intensity" in names else None
+    if titles and _OTHER.search(title) and (unit is None or "rad" in title.lower()):
+        raise ValueError(f"the columns are named {title.strip()[:60]!r}; 2θ in degrees, q or d, and an intensity are needed")
+    if unit:
+        if re.match(r"\W*theta\b", titles[names[unit]].lower()): warnings.warn("the column 'theta' is taken for 2θ", stacklevel=5)
+        return (names[unit], names["intensity"], *([names["d"]] if unit == "two_theta" and "d" in names else [])), unit
+    if n > 2:
+        fields = [_fields(r.replace(",", ".") if separator != "," else r, separator) for r in rows[:50]]
+        first, second = (np.diff([float(f[c]) if len(f) > c and _NUMBER.match(f[c]) else 0 for f in fields]) for c in (0, 1))
+        if len(first) > 2 and (first == 1).all() and ((second > 0).all() or (second < 0).all()) and not (second == 1).all():
+            warnings.warn(f"column 1 counts the lines; columns 2 and 3 of {n} are taken for 2θ and intensity", stacklevel=5)
+            return (1, 2), None
+    if n > 3 or titles: warnings.warn(f"columns 1 and 2 of {n} are taken for 2θ and intensity", stacklevel=5)
+    return (0, 1), None
 
 
 def _read_columns(lines: Iterator[str]) -> Scan:
     head = []
     for line in lines:
-        if _begins_data(line): break
+        if _begins_data(line.replace('"', "").strip()): break
         head.append(line[:1000])
         if len(head) > 2000: raise ValueError("no two columns of numbers in the first 2000 lines")
-    else: raise ValueError("no two columns of numbers were found" + ("; the file is empty" if not any(s.strip() for s in head) else ""))
-    separator, decimal_comma = _separator(line)
-    title = next((s for s in reversed(head) if s.strip()), "")
-    names = next(filter(None, (_named_columns(title, s) for s in (separator, None, ",", "\t"))), {})
-    unit = next((u for u in UNITS if u in names), None) if "intensity" in names else None
-    columns, n = ((names[unit], names["intensity"]) if unit else (0, 1)), len(_fields(line, separator, decimal_comma))
-    if max(columns) >= n: unit, columns = None, (0, 1)
-    if re.match(r"\W*theta\b", title.lower()): warnings.warn("the column 'theta' is taken for 2θ", stacklevel=3)
-    if unit is None and (n > 3 or names): warnings.warn(f"columns 1 and 2 of {n} are taken for 2θ and intensity", stacklevel=3)
-    with_d = unit == "two_theta" and "d" in names and names["d"] < n
-    load = partial(np.loadtxt, delimiter=separator, usecols=(*columns, *([names["d"]] if with_d else [])), ndmin=2, comments=["#", "!", "/*"])
-    table, at, rows = array("d"), len(head) + 1, chain([line], lines)  # an array that grows without being copied
-    while piece := list(islice(rows, _PIECE)):
-        try: table.frombytes(load([s.replace(",", ".") for s in piece] if decimal_comma else piece).tobytes())
-        except ValueError: raise ValueError(_bad_line(piece, at, columns, separator, decimal_comma)) from None
+    else: raise ValueError("no two columns of numbers were found")
+    columns, table, at, lines = None, array("d"), len(head) + 1, chain([line], lines)  # an array that grows without being copied
+    while piece := list(islice(lines, _PIECE)):
+        numbered = [(at + i, s) for i, s in enumerate(s.replace('"', "").strip(" \t\r\n\x1a") for s in piece) if s and s[0] not in "#!%;'/*"]
         at += len(piece)
-    x, y, *d = np.frombuffer(table).reshape(-1, 3 if with_d else 2).T
-    text, metadata = "\n".join(head), dict(format="columns")
-    wavelength = float(m[1]) if (m := _WAVELENGTH.search(text)) else None
-    if m := _ANODE.search(text): metadata["anode"] = m[1].capitalize()
-    if m := re.search(r"kalpha2 = ([\d.]+) Å", text): metadata["kalpha2"] = float(m[1])
-    if with_d: wavelength = float(np.median(2 * d[0] * np.sin(np.radians(x / 2))))
-    return Scan(x, y, wavelength, metadata, unit or "two_theta")
+        if not numbered: continue
+        rows = [s for _, s in numbered]
+        if columns is None:
+            separator, n = _separator(rows[0]), len(_fields(rows[0], _separator(rows[0])))
+            decimal_comma = separator != "," and any("," in s for s in rows)
+            columns, unit = _pick_columns(next((s for s in reversed(head) if s.strip()), ""), rows, separator)
+        if decimal_comma and (both := next((i for i, s in numbered if "." in s and "," in s), None)):
+            raise ValueError(f"line {both} has numbers with points and with commas; which is the decimal sign?")
+        if uneven := next((i for i, s in numbered if len(s.rstrip(separator).split(separator)) != n), None):
+            raise ValueError(f"line {uneven} has not {n} columns as the first line of data has, or no number in one: {dict(numbered)[uneven][:40]!r}")
+        if decimal_comma: rows = [s.replace(",", ".") for s in rows]
+        try: table.frombytes(np.loadtxt(rows, delimiter=separator, usecols=columns, ndmin=2).tobytes())
+        except ValueError: raise ValueError(_bad_number(zip((i for i, _ in numbered), rows, strict=True), columns, separator)) from None
+    x, y, *d = np.frombuffer(table).reshape(-1, len(columns)).T
+    wavelength, metadata = _header_wavelength(head)
+    if d: wavelength = float(np.median(2 * d[0] * np.sin(np.radians(x / 2))))
+    return Scan(x, y, wavelength, dict(format="columns") | metadata, unit)
 
 
-def _bad_line(piece: list[str], at: int, columns: tuple[int, int], separator: str | None, decimal_comma: bool) -> str:
-    for i, line in enumerate(piece):
-        fields = _fields(re.split("[#!]", line)[0], separator, decimal_comma)
-        if fields in ([], [""]): continue
-        if len(fields) <= max(columns): return f"line {at + i} has {len(fields)} column(s), not {max(columns) + 1} or more: {line.strip()[:40]!r}"
+def _bad_number(rows: Iterator[tuple[int, str]], columns: tuple[int, ...], separator: str | None) -> str:
+    for i, line in rows:
         for c in columns:
-            try: float(fields[c])
-            except ValueError: return f"line {at + i}: {fields[c][:40]!r} is no number"
-    return f"the numbers after line {at} cannot be read"
+            try: float(_fields(line, separator)[c])
+            except ValueError: return f"line {i}: {_fields(line, separator)[c][:40]!r} is no number"
+    return "the numbers cannot be read"
+
+
+def _header_wavelength(head: list[str]) -> tuple[float | None, dict]:  # Å; anode and kalpha2, as far as they are there
+    "What the lines above the data say of the radiation."
+    first, metadata = None, {}
+    for line in head:
+        says = lambda pattern: re.search(pattern, line, re.IGNORECASE)  # noqa: B023
+        if m := says(r"(?:anode|target|tube|radiation)[^\n]{0,20}?\b(Cu|Mo|Co|Cr|Fe|Ag)(?:\b|K)"): metadata["anode"] = m[1].capitalize()
+        if not says(r"wave[\s_]*length|lambda|k-?alpha") or says(r"range|step|beta|ratio"): continue
+        scale = 10 if re.search(r"\bnm\b", line) else 1e10 if re.search(r"\bm\b", line) else 1
+        values = [scale * float(v.replace(",", ".")) for v in re.findall(r"(?<![\d.])\d+[.,]\d+(?:e-?\d+)?", line, re.IGNORECASE)]
+        values = [v for v in values if 0.1 <= v <= 3]
+        if not values: warnings.warn(f"the wavelength is not understood: {line.strip()[:60]!r}", stacklevel=4)
+        elif says(r"alpha-?\s?2"): metadata["kalpha2"] = values[0]
+        elif first is None:
+            first = values[0]
+            if len(values) > 1 and first < values[1] < 1.02 * first: metadata["kalpha2"] = values[1]
+    if "kalpha2" in metadata and not (first and first < metadata["kalpha2"] < 1.02 * first): del metadata["kalpha2"]
+    return first, metadata
 
 # %% ../nbs/02_patterns.ipynb #ee2e4bd6
 _ANODES = {29: "Cu", 42: "Mo", 27: "Co", 24: "Cr", 26: "Fe", 47: "Ag"}
@@ -202,7 +234,7 @@ def _doublet(kalpha1: object, kalpha2: object = None) -> dict:
 
 def _scan(x: np.ndarray, y: np.ndarray, kind: str, lines: dict, ranges: int = 1, **metadata: object) -> Scan:
     if ranges > 1: warnings.warn(f"the first of {ranges} ranges is read", stacklevel=3)
-    return Scan(x, y, lines["wavelength"], dict(format=kind) | lines["metadata"] | {k: v for k, v in metadata.items() if v})
+    return Scan(x, y, lines["wavelength"], dict(format=kind) | lines["metadata"] | {k: v for k, v in metadata.items() if v}, "two_theta")
 
 
 def _numbers(lines: list[str], separator: str | None = None) -> np.ndarray:
@@ -256,8 +288,9 @@ def _read_gsas(text: str) -> Scan:
         y = np.array([float(f[2:]) for f in fields] if form == "STD" else [float(f) for f in fields[::2]])
         if len(y) < n: raise ValueError(f"{len(y)} points, but the header promises {n}; the file is cut off")
         x, y = float(rest[0]) + float(rest[1]) * np.arange(n), y[:n]
-    wavelength = m[1] if (m := _WAVELENGTH.search(head)) else None
-    return _scan(x / 100, y, f"GSAS {form}", _doublet(wavelength), len(banks), title=head.strip().partition("\n")[0].strip()[:80])
+    first, said = _header_wavelength(head.splitlines())
+    lines = _doublet(first, said.get("kalpha2"))
+    return _scan(x / 100, y, f"GSAS {form}", lines, len(banks), anode=said.get("anode"), title=head.strip().partition("\n")[0].strip()[:80])
 
 # %% ../nbs/02_patterns.ipynb #a549ac91
 _CIF_X = dict(_pd_meas_2theta_scan="two_theta", _pd_proc_2theta_corrected="two_theta", _pd_meas_2theta_corrected="two_theta", _pd_proc_d_spacing="d")
@@ -282,11 +315,12 @@ def _read_cif(text: str) -> Scan:
     return _scan(x, y, "powder CIF", found, len(blocks))._replace(unit=unit)
 
 # %% ../nbs/02_patterns.ipynb #0f77b5e5
-_LARGEST = 64 * 2**20  # bytes of one file, or of one member of an archive, that is not read piece by piece
+_LARGEST = 8 * 2**20  # bytes of one file, or of one member of an archive, that is not read piece by piece
 
 
 def _xml(text: str) -> ElementTree.Element:
     if "<!DOCTYPE" in text or "<!ENTITY" in text: raise ValueError("XML that declares entities is not read")
+    if max(text.count("<"), text.count("=")) > 1_000_000: raise ValueError("XML of more than a million elements or attributes is not read")
     return ElementTree.fromstring(text)
 
 
@@ -307,6 +341,10 @@ def _read_xrdml(text: str) -> Scan:
     data = next((e for tag in ("counts", "intensities") for e in _all(scan, tag)), None)
     if data is None or not (data.text or "").split(): raise ValueError("the scan has no intensities")
     y = np.array(data.text.split(), float)
+    times = (_text_of(scan, "countingTimes") or "").split()
+    if times: y = y * (np.mean(t := np.array(times, float)) / t)
+    if (status := scan.get("status", "Completed")) != "Completed":
+        warnings.warn(f"the scan was not completed ({status}); its angles may not be right", stacklevel=3)
     if factors := (_text_of(scan, "beamAttenuationFactors") or "").split(): y = y * np.array(factors, float)
     position = next(p for p in _all(scan, "positions") if p.get("axis") == "2Theta")
     if listed := _text_of(position, "listPositions"): x = np.array(listed.split(), float)
@@ -322,8 +360,14 @@ def _member(archive: zipfile.ZipFile, name: str) -> str:
     return _decode(data)
 
 
+def _in_order(archive: zipfile.ZipFile, pattern: str) -> list[str]:
+    "Members of a name, in the order of the numbers in it."
+    found = [m for n in archive.namelist() if (m := re.fullmatch(pattern, n))]
+    return [m[0] for m in sorted(found, key=lambda m: [int(g) if (g or "").isdigit() else 0 for g in m.groups()])]
+
+
 def _read_brml(archive: zipfile.ZipFile) -> Scan:
-    raw = sorted(n for n in archive.namelist() if re.fullmatch(r"(.*/)?RawData\d+\.xml", n))
+    raw = _in_order(archive, r"(.*/)?RawData(\d+)\.xml")
     if not raw: raise ValueError("no RawData in the archive; the measurement was not finished, or the file is no .brml")
     root = _xml(_member(archive, raw[0]))
     axes = [a.get("AxisId") for a in _all(next(iter(_all(root, "ScanAxes")), root), "ScanAxisInfo")]
@@ -331,20 +375,22 @@ def _read_brml(archive: zipfile.ZipFile) -> Scan:
     rows = [e.text for e in _all(root, "Datum")]
     if not rows: raise ValueError("the scan has no data")
     table = _numbers(rows, ",")  # seconds, flags, an angle for each axis, counts
+    seconds, counts = table[:, 0], table[:, 2 + len(axes)]
+    if (seconds > 0).all() and np.ptp(seconds) > 0.01 * seconds.mean(): counts = counts * seconds.mean() / seconds
     said = root if _all(root, "WaveLengthAlpha1") else None
     if said is None:
         container = next((n for n in archive.namelist() if n.endswith("MeasurementContainer.xml")), None)
         said = _xml(_member(archive, container)) if container else root
     value = lambda tag: next((e.get("Value") or e.text for e in _all(said, tag) if e.get("Value") or e.text), None)
     lines = _doublet(value("WaveLengthAlpha1"), value("WaveLengthAlpha2"))
-    return _scan(table[:, 2 + axes.index("TwoTheta")], table[:, -1], "Bruker BRML", lines, len(raw), anode=value("TubeMaterial"))
+    return _scan(table[:, 2 + axes.index("TwoTheta")], counts, "Bruker BRML", lines, len(raw), anode=value("TubeMaterial"))
 
 
 def _read_rasx(archive: zipfile.ZipFile) -> Scan:
-    profiles = sorted(n for n in archive.namelist() if re.fullmatch(r"(.*/)?Profile\d+\.txt", n))
+    profiles = _in_order(archive, r"(?:.*?(\d+)/)?Profile(\d+)\.txt")
     if not profiles: raise ValueError("no Profile in the archive")
     x, y, *attenuator = _numbers(_member(archive, profiles[0]).splitlines()).T
-    said = next((n for n in archive.namelist() if n.startswith(profiles[0].rpartition("/")[0]) and n.endswith("Conditions0.xml")), None)
+    said = next((n for n in archive.namelist() if n.startswith(profiles[0].rpartition("/")[0] + "/") and n.endswith("Conditions0.xml")), None)
     root = _xml(_member(archive, said)) if said else ElementTree.Element("nothing")
     lines = _doublet(_text_of(root, "WavelengthKalpha1"), _text_of(root, "WavelengthKalpha2"))
     return _scan(x, y * attenuator[0] if attenuator else y, "Rigaku RASX", lines, len(profiles), anode=_text_of(root, "TargetName"))
@@ -397,19 +443,27 @@ def _encoding(head: bytes) -> str:
 
 def _read(path: Path) -> Scan:
     if path.is_dir(): raise ValueError("is a directory; give a file")
+    if path.exists() and not path.is_file(): raise ValueError("is no regular file")
     with path.open("rb") as f: head = f.read(_HEAD)
     if not head.strip(): raise ValueError("is empty")
     whole = lambda: _limited(path).read_bytes()
     if head.startswith(b"PK\3\4"):
         with zipfile.ZipFile(path) as archive:
-            return (_read_rasx if any("Profile" in n for n in archive.namelist()) else _read_brml)(archive)
+            return (_read_rasx if any(re.search(r"Profile\d+\.txt$", n) for n in archive.namelist()) else _read_brml)(archive)
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")): raise ValueError("is compressed; unpack it first")
     if head.startswith(b"RAW4.00"): return _read_raw4(whole())
     encoding = _encoding(head)
     if b"\0" in head and encoding != "utf-16": return _read_with_xylib(_limited(path))
     begin = _decode(head)
     for pattern, reader in _TEXTS:
         if re.search(pattern, begin, re.MULTILINE): return reader(_decode(whole()).replace("\r\n", "\n").replace("\r", "\n"))
-    with path.open(encoding=encoding, errors="replace") as lines: return _read_columns(iter(lines))
+    with path.open(encoding=encoding, errors="replace") as f: return _read_columns(_short_lines(f))
+
+
+def _short_lines(f: TextIO) -> Iterator[str]:
+    while line := f.readline(_LINE):
+        if len(line) == _LINE: raise ValueError(f"has a line of {_LINE:,} characters or more")
+        yield line
 
 
 def _limited(path: Path) -> Path:
@@ -435,7 +489,8 @@ def read_pattern(
         if found and wavelength and abs(found / wavelength - 1) > 5e-3:
             warnings.warn(f"{path}: the file's own wavelength {found:g} Å is used, not {wavelength:g} Å", stacklevel=2)
         if not (found or wavelength): warnings.warn(f"{path}: no wavelength in the file: Cu Kα (1.54184 Å) is taken", stacklevel=2)
-        return as_pattern(scan.x, scan.y, found or wavelength or CU_KA, unit or scan.unit, scan.metadata)
+        if unit and scan.unit and unit != scan.unit: warnings.warn(f"{path}: the file's own unit {scan.unit} is used, not {unit}", stacklevel=2)
+        return as_pattern(scan.x, scan.y, found or wavelength or CU_KA, scan.unit or unit or "two_theta", scan.metadata)
     except FileNotFoundError: raise ValueError(f"{path}: no such file") from None
     except _BROKEN as e:
         reason = " ".join(str(e).split()) or type(e).__name__
@@ -518,13 +573,13 @@ def find_peaks(
     width = float(np.median(peak_widths(rough, strong)[0]))  # steps
     net, sigma = y - background(y, step, max(0.2, 1.5 * width * step)) if remove_background else y, max(0.8, 0.6 * width / 2.355)
     s, level = smooth(net, sigma), smooth(y, sigma).clip(0)
-    usual = max(np.median(level), 1e-3 * level.max())
+    usual = max(np.median(level), 0.02 * level.max())
     lost, kept = 1 - 1 / (math.sqrt(math.pi) * sigma), 1 / math.sqrt(2 * math.sqrt(math.pi) * sigma)  # of the noise, by smoothing
     noise = 1.4826 * np.median(np.abs(y - smooth(y, sigma))) / math.sqrt(lost) * kept * np.sqrt(level.clip(usual) / usual)
     at, _ = maxima(s, height=np.maximum(detection * noise, 2e-3 * s.max()))
     prominence = peak_prominences(s, at)
     at = at[(prominence[0] > detection * noise[at]) & (peak_widths(s, at, prominence_data=prominence)[0] < 3 * width)]
-    if not len(at): raise ValueError("no peak stands out of the noise")
+    if not len(at) or (s[at] / noise[at]).max() < 2 * detection: raise ValueError("no peak stands out of the noise")
     before, here, after = s[at - 1], s[at], s[at + 1]
     vertex = ((before - after) / (2 * (before - 2 * here + after))).clip(-0.5, 0.5)
     valleys = np.array([0, *[a + s[a:b].argmin() for a, b in zip(at, at[1:])], len(s) - 1])
