@@ -498,3 +498,25 @@ def test_noise_is_no_peak():
     for counts in (100, 1000, 10_000):
         with pytest.raises(ValueError, match="no peak stands out of the noise"):
             find_peaks(as_pattern(x, g.poisson(counts, 4000), "CuKa1"))
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("a.ras", "*RAS_INT_START", '*MEAS_SCAN_AXIS_X "Omega"\n*RAS_INT_START'), ("a.asc", "*STEP", "*SCAN_AXIS = Phi\n*STEP"),
+    ("a.uxd", "_START", "_DRIVE='THETA'\n_START"),
+])  # fmt: skip
+def test_scans_over_other_axes_are_refused(tmp_path, name, old, new):
+    (tmp_path / name).write_text(FILES[name].replace(old, new, 1))
+    with pytest.raises(ValueError, match=f"{name}: a scan over .*; one over 2θ is needed"):
+        read_pattern(tmp_path / name)
+
+
+def test_kbeta_in_a_cif_is_not_the_wavelength(tmp_path):
+    lines = "loop_\n_diffrn_radiation_wavelength\n1.54439\n1.5406\n1.39222\n"
+    (tmp_path / "a.cif").write_text(FILES["a.cif"].replace("_diffrn_radiation_wavelength 1.5406\n", lines))
+    p = read_pattern(tmp_path / "a.cif")
+    assert (p.wavelength, p.metadata["kalpha2"]) == (1.5406, 1.54439)
+
+
+def test_a_monochromator_has_an_angle():
+    with pytest.raises(ValueError, match="monochromator=nan must be within 0 to 180"):
+        to_reflections(as_pattern(X, Y, "CuKa"), monochromator=float("nan"))

@@ -41,7 +41,7 @@ def as_wavelength(
     w: float | str,  # Å, or the name of a line
 ) -> float:  # Å
     "A wavelength in Å. Raises `ValueError` for what is none."
-    try: value = WAVELENGTHS.get(w) if isinstance(w, str) and w in WAVELENGTHS else float(w)
+    try: value = float(WAVELENGTHS.get(w, w))
     except (TypeError, ValueError): value = math.nan
     if not 0.01 <= value <= 10: raise ValueError(f"wavelength {w!r} must be 0.01 to 10 Å, or one of {', '.join(WAVELENGTHS)}")
     return value
@@ -150,7 +150,7 @@ def _pick_columns(title: str, rows: list[str], separator: str | None) -> tuple[t
     titles = next((t for t in split if len(t) == n and not any(map(_NUMBER.match, t))), [])
     names = _named_columns(titles)
     unit = next((u for u in UNITS if u in names), None) if "intensity" in names else None
-    if titles and _OTHER.search(title) and (unit is None or "rad" in title.lower()):
+    if titles and _OTHER.search(title) and (unit is None or re.search(r"\brad(ians)?\b", title, re.IGNORECASE)):
         raise ValueError(f"the columns are named {title.strip()[:60]!r}; 2θ in degrees, q or d, and an intensity are needed")
     if unit:
         if re.match(r"\W*theta\b", titles[names[unit]].lower()): warnings.warn("the column 'theta' is taken for 2θ", stacklevel=5)
@@ -237,6 +237,12 @@ def _scan(x: np.ndarray, y: np.ndarray, kind: str, lines: dict, ranges: int = 1,
     return Scan(x, y, lines["wavelength"], dict(format=kind) | lines["metadata"] | {k: v for k, v in metadata.items() if v}, "two_theta")
 
 
+def _check_axis(name: str | None) -> None:
+    "Raise `ValueError` for a scan over anything but 2θ."
+    if re.fullmatch(r"theta|omega|phi|k?chi|psi|[xyz]", (name or "").strip(), re.IGNORECASE):
+        raise ValueError(f"a scan over {name}; one over 2θ is needed")
+
+
 def _numbers(lines: list[str], separator: str | None = None) -> np.ndarray:
     "A table of numbers."
     return np.loadtxt([s for s in lines if s.strip()], delimiter=separator, ndmin=2)
@@ -244,6 +250,7 @@ def _numbers(lines: list[str], separator: str | None = None) -> np.ndarray:
 
 def _read_ras(text: str) -> Scan:
     said = dict(re.findall(r'^\*(\S+)\s+"([^"\n]*)"', text, re.MULTILINE))
+    _check_axis(said.get("MEAS_SCAN_AXIS_X"))
     parts = re.findall(r"^\*RAS_INT_START\s*$(.*?)^\*RAS_INT_END", text, re.MULTILINE | re.DOTALL)
     if not parts: raise ValueError("the data have no beginning (*RAS_INT_START) or no end (*RAS_INT_END)")
     x, y, *attenuator = _numbers(parts[0].splitlines()).T
@@ -254,6 +261,7 @@ def _read_ras(text: str) -> Scan:
 def _read_rigaku_asc(text: str) -> Scan:
     head, *groups = re.split(r"^\*BEGIN.*$", text, flags=re.MULTILINE)
     said = {k: v.strip() for k, v in re.findall(r"^\*(\w+)\s*=(.*)$", head + groups[0], re.MULTILINE)}
+    _check_axis(said.get("SCAN_AXIS"))
     y = np.array([float(v) for s in groups[0].splitlines() if not s.startswith("*") for v in re.split(r"[,\s]+", s) if v])
     start, step, n = float(said["START"]), float(said["STEP"]), int(said.get("COUNT", len(y)))
     if n != len(y): raise ValueError(f"{len(y)} intensities, but the header promises {n}; the file is cut off")
@@ -265,6 +273,7 @@ def _read_uxd(text: str) -> Scan:
     parts = re.split(r"^_(2THETACOUNTS|2THETACPS|COUNTS|CPS|2THETACOUNTSTIME).*$", text, flags=re.MULTILINE)
     if len(parts) < 3: raise ValueError("no data (_2THETACOUNTS or _COUNTS) in the file")
     said = {k: v.strip().strip("'") for k, v in re.findall(r"^_(\w+)\s*=(.*)$", parts[0], re.MULTILINE)}
+    _check_axis(said.get("DRIVE"))
     rows = [s for s in parts[2].splitlines() if s.strip() and s.lstrip()[0] not in ";_"]
     x, y = _numbers(rows).T[:2] if parts[1].startswith("2THETA") else (None, np.array([float(v) for s in rows for v in s.split()]))
     if x is None or {"START", "STEPSIZE"} <= said.keys():  # the column is rounded to two or three digits
@@ -293,7 +302,7 @@ def _read_gsas(text: str) -> Scan:
     return _scan(x / 100, y, f"GSAS {form}", lines, len(banks), anode=said.get("anode"), title=head.strip().partition("\n")[0].strip()[:80])
 
 # %% ../nbs/02_patterns.ipynb #a549ac91
-_CIF_X = dict(_pd_meas_2theta_scan="two_theta", _pd_proc_2theta_corrected="two_theta", _pd_meas_2theta_corrected="two_theta", _pd_proc_d_spacing="d")
+_CIF_X = dict(_pd_proc_2theta_corrected="two_theta", _pd_meas_2theta_corrected="two_theta", _pd_meas_2theta_scan="two_theta", _pd_proc_d_spacing="d")
 _CIF_Y = ("_pd_meas_counts_total", "_pd_meas_intensity_total", "_pd_proc_intensity_total", "_pd_proc_intensity_net", "_pd_meas_counts")
 
 
@@ -311,7 +320,7 @@ def _read_cif(text: str) -> Scan:
         x = low + step * np.arange(len(y))
     lines = said.get("_diffrn_radiation_wavelength", [])
     lines = [number(v) for v in ([lines] if isinstance(lines, str) else lines)]
-    found = _doublet(*sorted(lines)[:2]) if lines else _doublet(None)
+    found = _doublet(*sorted(v for v in lines if v > 0.95 * max(lines))[:2]) if lines else _doublet(None)  # without Kβ
     return _scan(x, y, "powder CIF", found, len(blocks))._replace(unit=unit)
 
 # %% ../nbs/02_patterns.ipynb #0f77b5e5
@@ -617,6 +626,7 @@ def to_reflections(
     monochromator: float = 0.0,  # 2θ of the monochromator, degrees; 0: none
 ) -> Measured:
     "The reflections that a measured pattern shows. Raises `ValueError` where it shows none within the model's range."
+    if not 0 <= monochromator < 180: raise ValueError(f"monochromator={monochromator:g} must be within 0 to 180°")
     first, shift = tube_lines(p)
     wavelength = first if strip_kalpha2 else first * (1 + shift / 3)
     ln_q = np.log(4 * np.pi * np.sin(np.radians(p.two_theta[[0, -1]] / 2)) / wavelength).clip(*LN_Q)

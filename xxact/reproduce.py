@@ -561,8 +561,8 @@ def ship(
     everything = MaterialSet.from_table(df, [])
     learned = df.filter(~pl.col("composition").is_in(list(left_out)))
     data = MaterialSet.from_table(learned, wanted_targets(df))
-    run = finetune(data, Path(runs or project_root() / "runs/ship"), size=size, modality_dropout=0.25, augment="measured", symmetry_weight=2.0,
-                   epochs=epochs, batch_size=batch_size, seed=seed, device=device)
+    run = finetune(data, Path(runs or project_root() / "runs/ship"), size=size, modality_dropout=0.25, augment="measured", epochs=epochs,
+                   batch_size=batch_size, seed=seed, device=device)
     predictor = make_predictor(load_model(run.weights), data)
     predictor.index = make_index(predictor.model, everything, df["formula"].to_list())
     sources = sorted(set(df["source"]))
