@@ -133,6 +133,7 @@ def test_failing_notebook_stops_the_run(clone):
     (["reproduce", "SYMMETRY_WEIGHT=nan"], "must be finite"),
     (["reproduce", "--all", "SHARES=5,20,100"], "must be numbers above 0 and up to 1"),
     (["reproduce", "--all", "ARMS=mxn"], "arms='mxn' does not exist; choose from scratch"),
+    (["reproduce", "--only", "04_convergence", "ARMS=scratch"], "nothing to compare without mxm or contrastive or both"),
     (["reproduce", "--only", "06_accuracy", "SPLITS=random"], "choose from composition, chemistry"),
     (["reproduce", "SHARES=1"], "01_data, 02_pretrain, 03_finetune has no parameter 'shares'"),
     (["reproduce", "MODELS=all"], "choose from composition, xrd"),

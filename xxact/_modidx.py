@@ -379,6 +379,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'xxact.reproduce.accuracy_table': ('reproduce.html#accuracy_table', 'xxact/reproduce.py'),
                                  'xxact.reproduce.changes_table': ('reproduce.html#changes_table', 'xxact/reproduce.py'),
                                  'xxact.reproduce.check_parameters': ('reproduce.html#check_parameters', 'xxact/reproduce.py'),
+                                 'xxact.reproduce.choose_arms': ('reproduce.html#choose_arms', 'xxact/reproduce.py'),
                                  'xxact.reproduce.conditions': ('reproduce.html#conditions', 'xxact/reproduce.py'),
                                  'xxact.reproduce.defaults': ('reproduce.html#defaults', 'xxact/reproduce.py'),
                                  'xxact.reproduce.dummy_scores': ('reproduce.html#dummy_scores', 'xxact/reproduce.py'),

@@ -27,6 +27,7 @@ from .evaluate import calibration_error
 from .fusion import LOG_TARGETS, XxaCT, load_model, save_model
 from .materials import CRYSTAL_SYSTEMS, Batch, MaterialSet, crystal_system
 from .patterns import Measured, Pattern, as_pattern, read_pattern, to_reflections
+from .trainer import draws
 
 if TYPE_CHECKING: import polars as pl
 
@@ -408,7 +409,7 @@ def as_measured(
     "Patterns of materials as a measurement would show them."
     found: list[Measured | None] = []
     for step, i in enumerate(index.split(64)):
-        drawn = render(data.batch(i).reflections, measurement, generator=torch.Generator().manual_seed(seed * 2**32 + step))
+        drawn = render(data.batch(i).reflections, measurement, generator=draws(seed, step))
         x, lines = drawn.two_theta.double().numpy(), drawn.measurement
         tubes = zip(lines.wavelength.tolist(), lines.kalpha2.tolist(), lines.kalpha2_shift.tolist(), strict=True)
         for y, (w, second, shift) in zip(drawn.intensity.double().numpy(), tubes, strict=True):

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'OPTIONS', 'MODELS', 'DEFAULT_TARGETS', 'MAIN', 'SWEEPS', 'SHOWN', 'BLOCKS', 'project_root', 'profiles',
-           'experiments', 'defaults', 'parameters_cell', 'parse_value', 'parameters', 'check_parameters', 'split_list',
-           'load_table', 'wanted_targets', 'Run', 'provenance', 'keep_row', 'kept_predictions', 'find_row', 'pretrain',
-           'enough_epochs', 'load_pretraining', 'pretraining_scores', 'finetune', 'write_predictions', 'dummy_scores',
-           'ship', 'NotebookFailed', 'run_notebook', 'reproduce', 'read_results', 'results_table', 'accuracy_table',
-           'keep_verdict', 'verdicts', 'changes_table', 'update_readme', 'conditions', 'main']
+           'experiments', 'defaults', 'parameters_cell', 'parse_value', 'parameters', 'choose_arms', 'check_parameters',
+           'split_list', 'load_table', 'wanted_targets', 'Run', 'provenance', 'keep_row', 'kept_predictions',
+           'find_row', 'pretrain', 'enough_epochs', 'load_pretraining', 'pretraining_scores', 'finetune',
+           'write_predictions', 'dummy_scores', 'ship', 'NotebookFailed', 'run_notebook', 'reproduce', 'read_results',
+           'results_table', 'accuracy_table', 'keep_verdict', 'verdicts', 'changes_table', 'update_readme',
+           'conditions', 'main']
 
 # %% ../nbs/12_reproduce.ipynb #7101ca53
 import argparse
@@ -125,13 +126,27 @@ def parameters(
             for name, d in known.items() if not only or name in only}
 
 # %% ../nbs/12_reproduce.ipynb #163611fc
-ARMS = ("scratch", "mxm", "contrastive", "both", "composition", "xrd", "both-same", "both-all")
+ARMS = {"04_convergence": (("scratch",), ("mxm", "contrastive", "both")),  # what is compared, with what
+        "05_data_scaling": (("composition", "xrd"), ("both", "both-same", "both-all"))}
 OPTIONS = dict(size=tuple(SIZES), tokeniser=tuple(TOKENISERS), fusion=FUSIONS, augment=("auto", *AUGMENTATIONS), schedule=("cosine", "constant"))
 MODELS = ("composition", "xrd", "both", "concat", *(f"{m}-pretrained" for m in ("composition", "xrd", "both", "concat")))
 
 
+def choose_arms(
+    text: str,  # comma-separated
+    experiment: str,
+) -> list[str]:
+    "The arms that an experiment compares. Raises `ValueError` for a strange one, or where there is nothing to compare."
+    chosen = split_list(text)
+    for arm in chosen: choose("arms", arm, sum(ARMS[experiment], ()))
+    for side in ARMS[experiment]:
+        if not set(chosen) & set(side): raise ValueError(f"arms={text}: there is nothing to compare without {' or '.join(side)}")
+    return chosen
+
+
 def check_parameters(
     params: dict[str, object],  # of one experiment
+    experiment: str,
 ) -> None:
     "Raise `ValueError` for a value that cannot work."
     for key, value in params.items():
@@ -144,10 +159,10 @@ def check_parameters(
     if not 0 < params.get("mask_share", 0.5) < 1: raise ValueError(f"mask_share={params['mask_share']} must be between 0 and 1")
     if not 0 <= params.get("modality_dropout", 0) <= 0.5:
         raise ValueError(f"modality_dropout={params['modality_dropout']} must be from 0 to 0.5")
-    for key in ("models", "seeds", "shares", "arms", "splits"):
+    for key in ("models", "seeds", "shares", "splits"):
         if not split_list(params.get(key, "x")): raise ValueError(f"{key} is empty; give at least one")
     for model in split_list(params.get("models", "")): choose("models", model, MODELS)
-    for arm in split_list(params.get("arms", "")): choose("arms", arm, ARMS)
+    if experiment in ARMS: choose_arms(params["arms"], experiment)
     for split in split_list(params.get("splits", "")): choose("splits", split, ("composition", "chemistry"))
     for share in split_list(params.get("shares", "")):
         try: right = 0 < float(share) <= 1
@@ -660,7 +675,7 @@ def reproduce(
     "Run the experiment notebooks with the parameters of a profile. Raises `ValueError` or `NotebookFailed`."
     root = project_root()
     chosen = parameters(root, profile, overrides or {}, only)
-    for params in chosen.values(): check_parameters(params)
+    for name, params in chosen.items(): check_parameters(params, name)
     for params in chosen.values():
         wanted_targets(load_table(params["dataset"], params.get("source", "")), params.get("targets", ""))
     done = []
