@@ -433,7 +433,7 @@ def test_files_of_any_format_become_columns(tmp_path, capsys):
     said = capsys.readouterr()
     assert said.out.split() == [str(out / n) for n in ("a.xy", "q.xy")]
     assert said.err.count("a.xy exists already") == 2 and "bad.xy: no two columns" in said.err
-    assert said.err.strip().splitlines()[-1] == "xxact: 3 of 5 files were not converted"
+    assert said.err.strip().splitlines()[-1] == "xxact: 3 of 5 files failed"
     p = read_pattern(out / "a.xy")
     np.testing.assert_allclose(p.two_theta, X, atol=1e-6), np.testing.assert_array_equal(p.intensity, Y)
     assert (p.wavelength, p.metadata["kalpha2"]) == (1.5406, 1.54439)

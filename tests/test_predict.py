@@ -29,7 +29,7 @@ from xxact.predict import (
     probabilities,
     spread_of,
 )
-from xxact.reproduce import load_table, ship
+from xxact.reproduce import load_table, main, ship
 
 X = np.linspace(10, 80, 3501)
 Y = 50 + sum(h * np.exp(-(((X - c) / 0.08) ** 2)) for c, h in ((27.4, 1000), (36.1, 400), (41.2, 150), (54.3, 600), (69.0, 200)))
@@ -51,7 +51,7 @@ def predictor(data, table):
     model = XxaCT("nano", targets=data.target_names)
     model.fit_scale(data.targets[data.indices("train")])
     p = make_predictor(model.eval(), data)
-    p.index = make_index(model, data, table["formula"].to_list())
+    p.index = make_index(model, table)
     return p
 
 
@@ -214,3 +214,55 @@ def test_what_is_shipped_has_not_seen_what_scores_it(tmp_path, table):
         assert scored["n"] > 20 and 0 <= scored["volume_per_atom/coverage"] <= 1 and 0 <= scored["crystal_system/calibration_error"] < 1, case
     with pytest.raises(ValueError, match="is no Parquet table with a column formula"):
         ship(str(dataset), tmp_path / "weights", leave_out=[params], runs=tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def weights(predictor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    predictor.save(folder)
+    return str(folder)
+
+
+def test_the_command_answers_for_files_and_formulas(weights, predictor, tmp_path, capsys):
+    good, bad = tmp_path / "a.xy", tmp_path / "bad.xy"
+    np.savetxt(good, np.c_[X, Y]), bad.write_text("a story")
+    assert main(["predict", str(good), "--formula", "TiO2", "--wavelength", "CuKa", "--weights", weights, "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert row == dict(file=str(good)) | predictor.predict("TiO2", good, "CuKa").to_dicts()[0]
+    assert main(["predict", str(good), str(bad), "--wavelength", "1.5406", "--weights", weights, "--json"]) == 2
+    said = capsys.readouterr()
+    assert [("error" in r, "no two columns" in r.get("error", "")) for r in json.loads(said.out)] == [(False, False), (True, True)]
+    assert said.err.count("bad.xy") == 1 and "1 of 2 files failed" in said.err
+    assert main(["predict", "--formula", "TiO2", "--weights", weights]) == 0
+    said = capsys.readouterr().out
+    assert "crystal system" in said and "volume (Å³/atom)" in said and "±" in said
+
+
+def test_the_command_searches(weights, predictor, table, tmp_path, capsys):
+    formula = table["formula"].value_counts(sort=True)["formula"][0]
+    np.savetxt(tmp_path / "a.xy", np.c_[X, Y]), np.savetxt(tmp_path / "b.xy", np.c_[X, Y])
+    files = [str(tmp_path / "a.xy"), str(tmp_path / "b.xy")]
+    assert main(["search", *files, "--formula", formula, "--top", "2", "--wavelength", "CuKa", "--weights", weights, "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    expected = predictor.search(files[0], formula=formula, top=2, wavelength="CuKa")
+    assert [a["file"] for a in answers] == files
+    for a in answers:
+        assert [f["material_id"] for f in a["found"]] == expected["material_id"].to_list()
+        assert [f["match"] for f in a["found"]] == pytest.approx(expected["match"].to_list(), abs=1e-4)
+    few = table.filter(pl.col("formula") == formula)
+    few.write_parquet(tmp_path / "few.parquet")
+    assert main(["search", files[0], "--candidates", str(tmp_path / "few.parquet"), "--wavelength", "CuKa", "--weights", weights, "--json"]) == 0
+    [answer] = json.loads(capsys.readouterr().out)
+    assert {f["material_id"] for f in answer["found"]} == set(few["material_id"][:10]) or len(few) > 10
+    assert main(["search", files[0], "--elements", "Ti,Q", "--weights", weights]) == 2
+    assert "there is no element 'Q'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    (["predict"], "give a file, --formula, or both"), (["predict", "--formula", "Qq"], "Qq"), (["predict", "no.xy"], "no.xy: no such file"),
+    (["predict", "no.xy", "--weights", "nowhere"], "nowhere holds no predictor"), (["search", "no.xy", "--candidates", "no.parquet"], "no.parquet"),
+])  # fmt: skip
+def test_the_command_refuses_in_one_line(weights, arguments, reason, capsys):
+    assert main([*arguments, *([] if "--weights" in arguments else ["--weights", weights])]) == 2
+    said = capsys.readouterr()
+    assert reason in said.err and len(said.err.strip().splitlines()) == 1 and not said.out

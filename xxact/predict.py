@@ -227,11 +227,11 @@ class Index(NamedTuple):
 
 def make_index(
     model: XxaCT,
-    data: MaterialSet,
-    formulas: Sequence[str],  # of all materials
+    df: "pl.DataFrame",  # material table
     width: int = 96,  # of the kept embedding
 ) -> Index:
-    "Index the materials of a set by their calculated patterns."
+    "Index the materials of a table by their calculated patterns."
+    data = MaterialSet.from_table(df, [])
     embedding, places, heights = [], [], []
     with torch.no_grad():
         for i in torch.arange(len(data)).split(512):
@@ -248,7 +248,7 @@ def make_index(
     elements[row, data.atomic_numbers.long() - 1] = True
     place = ((ln_q - LN_Q[0]) / (LN_Q[1] - LN_Q[0])).clamp(0, 1)
     return Index((127 * unit).round().to(torch.int8), projection, centre, (place * _LN_Q_BITS).round().to(torch.int32).to(torch.uint16),
-                 (255 * intensity.sqrt()).round().to(torch.uint8), data.space_group, elements, list(formulas), data.material_ids)
+                 (255 * intensity.sqrt()).round().to(torch.uint8), data.space_group, elements, df["formula"].to_list(), data.material_ids)
 
 
 def strongest_peaks(r: Reflections) -> Peaks:
@@ -340,6 +340,8 @@ class Predictor:
             temperature[rows] = fitted["temperature"]
         system, group = probabilities(raw, temperature)
         value, width = self.model.in_units(raw.targets), std * self.model.target_std
+        gap = torch.tensor([t.startswith("band_gap") for t in self.model.config["targets"]], dtype=torch.bool)
+        value = torch.where(gap, value.clamp(min=0), value)
         width = torch.where(self.model.is_log, width * value, width)  # of a logarithm: the relative spread
         columns = dict(formula=[i.formula for i in inputs])
         for t, name in enumerate(self.model.config["targets"]): columns |= {name: value[:, t].tolist(), f"{name}_std": width[:, t].tolist()}
@@ -361,7 +363,7 @@ class Predictor:
     def search(
         self,
         pattern: PatternLike,
-        candidates: Index | None = None,  # None: the predictor's own
+        candidates: "Index | pl.DataFrame | None" = None,  # an index, or a material table to index; None: the predictor's own
         formula: str | None = None,  # only materials of this composition
         elements: Sequence[str] | None = None,  # only materials of just these elements
         top: int = 10,
@@ -369,9 +371,11 @@ class Predictor:
     ) -> "pl.DataFrame":  # material_id, formula, space_group, match of the peaks, similarity of the embeddings; best first
         "Known materials whose pattern is most like a measured one. Raises `ValueError` where no material passes the filter."
         import polars as pl
-        index = candidates or self.index
-        if index is None: raise ValueError("this predictor has no index of materials; give candidates=make_index(…)")
+        index = self.index if candidates is None else candidates if isinstance(candidates, Index) else make_index(self.model, candidates)
+        if index is None: raise ValueError("this predictor has no index of materials; give candidates=a material table")
         [one] = as_inputs(None, pattern, wavelength)
+        embedding = ask(self.model, [one]).embedding[0]
+        if index.centre.shape != embedding.shape: raise ValueError("the index was made with other weights")
         among = torch.ones(len(index.formula), dtype=torch.bool)
         if formula is not None:
             key = composition_key(formula)
@@ -386,7 +390,7 @@ class Predictor:
         rows = among.nonzero().squeeze(1)
         wish = f"the composition {formula}" if formula else "just these elements"
         if not len(rows): raise ValueError(f"none of the {len(among)} known materials has {wish}")
-        query = torch.nn.functional.normalize((ask(self.model, [one]).embedding[0] - index.centre) @ index.projection, dim=0)
+        query = torch.nn.functional.normalize((embedding - index.centre) @ index.projection, dim=0)
         similarity = index.embedding[rows].float() @ query / 127
         best = similarity.topk(min(RERANKED, len(rows))).indices
         rows, similarity = rows[best], similarity[best]

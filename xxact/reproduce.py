@@ -573,13 +573,12 @@ def ship(
         try: formulas += pl.read_parquet(path, columns=["formula"])["formula"].drop_nulls().to_list()
         except (pl.exceptions.PolarsError, OSError) as e: raise ValueError(f"{path} is no Parquet table with a column formula: {e}") from e
     left_out = {composition_hash(composition_key(f)) for f in formulas}
-    everything = MaterialSet.from_table(df, [])
     learned = df.filter(~pl.col("composition").is_in(list(left_out)))
     data = MaterialSet.from_table(learned, wanted_targets(df))
     run = finetune(data, Path(runs or project_root() / "runs/ship"), size=size, modality_dropout=0.25, augment="measured", epochs=epochs,
                    batch_size=batch_size, seed=seed, device=device)
     predictor = make_predictor(load_model(run.weights), data)
-    predictor.index = make_index(predictor.model, everything, df["formula"].to_list())
+    predictor.index = make_index(predictor.model, df)
     sources = sorted(set(df["source"]))
     predictor.card |= dict(
         trained_on=f"{run.results['training_materials']} materials, their calculated peaks drawn anew each time as a laboratory would measure them",
@@ -886,6 +885,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--batch-size", type=int, default=32, help="materials (default: 32)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
+    p = commands.add_parser("predict", help="properties and symmetry from measured patterns, a formula, or both")
+    p.add_argument("files", nargs="*", metavar="FILE", type=Path, help="what a diffractometer wrote")
+    p.add_argument("--formula", help="composition of the sample")
+    _add_question(p)
+    p = commands.add_parser("search", help="known materials whose pattern is most like a measured one")
+    p.add_argument("files", nargs="+", metavar="FILE", type=Path, help="what a diffractometer wrote")
+    p.add_argument("--formula", help="only materials of this composition")
+    p.add_argument("--elements", metavar="Ba,Ti,O", help="only materials of just these elements")
+    p.add_argument("--candidates", metavar="TABLE", type=Path, help="search this material table (default: the materials shipped with the weights)")
+    p.add_argument("--top", type=int, default=10, help="how many (default: 10)")
+    _add_question(p)
     p = commands.add_parser("convert", help="write measured patterns of any format as columns of 2θ and intensity (.xy)")
     p.add_argument("files", nargs="+", metavar="FILE", type=Path, help="what a diffractometer wrote")
     p.add_argument("--out", metavar="FOLDER", type=Path, help="where the .xy files go (default: beside each file)")
@@ -895,7 +905,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a, rest = parser.parse_known_args(arguments)
     if rest and (a.command != "reproduce" or any(r.startswith("-") for r in rest)): parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if a.command == "reproduce": a.parameters += rest  # NAME=VALUE may stand between options
-    run = dict(reproduce=_reproduce, download=_download, prepare=_prepare, data=_card, bench=_bench, ship=_ship, convert=_convert, readme=_readme)
+    run = dict(reproduce=_reproduce, download=_download, prepare=_prepare, data=_card, bench=_bench, ship=_ship, predict=_predict,
+               search=_search, convert=_convert, readme=_readme)
     try: return run[a.command](a)
     except (ValueError, OSError) as e: print(f"xxact: {' '.join(str(e).split())}", file=sys.stderr); return 2
     except NotebookFailed as e: print(f"xxact: {e}", file=sys.stderr); return 2 if e.bad_input else 1
@@ -987,23 +998,92 @@ def _ship(a: argparse.Namespace) -> int:
     return 0
 
 
+def _add_question(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--wavelength", metavar="Å", help="of files that do not say it: a number, or a line like CuKa (default: CuKa)")
+    p.add_argument("--weights", metavar="FOLDER", type=Path, help="what `xxact ship` made (default: the weights in the package)")
+    p.add_argument("--json", action="store_true", help="for programs")
+
+
+def _one_by_one(
+    files: Sequence[Path],
+    work: Callable[[Path], object],  # raises ValueError or OSError
+) -> dict[Path, object]:  # what came of each, its exception where it failed
+    "Work through files; one that fails is told in a line, and does not stop the others."
+    from tqdm import tqdm
+    say = lambda text: tqdm.write(f"xxact: {' '.join(str(text).split())}", file=sys.stderr)
+    done: dict[Path, object] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *rest: say(message)
+        for file in tqdm(files, unit="file", leave=False, disable=None if len(files) > 1 else True):
+            try: done[file] = work(file)
+            except (ValueError, OSError) as e: done[file] = e; say(e)
+    if len(done) > 1 and (failed := sum(isinstance(r, Exception) for r in done.values())): say(f"{failed} of {len(done)} files failed")
+    return done
+
+
+def _status(done: dict[Path, object]) -> int: return 2 if any(isinstance(r, Exception) for r in done.values()) else 0
+
+
+def _answers(done: dict[Path, object]) -> str:
+    "Tables of answers, or what was wrong, as JSON."
+    rows = [dict(file=str(f)) | (dict(error=str(r)) if isinstance(r, Exception) else r) for f, r in done.items()]
+    return json.dumps(rows, indent=1, ensure_ascii=False)
+
+
+def _print_table(df: "pl.DataFrame") -> None:
+    import polars as pl
+    with pl.Config(tbl_formatting="ASCII_MARKDOWN", tbl_hide_column_data_types=True, tbl_hide_dataframe_shape=True, tbl_rows=-1, tbl_cols=-1,
+                   tbl_width_chars=-1, fmt_str_lengths=100, float_precision=3): print(df)
+
+
+def _predict(a: argparse.Namespace) -> int:
+    import polars as pl
+    from xxact.materials import TARGETS
+    from xxact.predict import Predictor
+    if not (a.files or a.formula): raise ValueError("give a file, --formula, or both")
+    predictor = Predictor.load(a.weights)
+    if a.files: done = _one_by_one(a.files, lambda f: predictor.predict(a.formula, f, a.wavelength).to_dicts()[0])
+    else: done = {Path(): predictor.predict(a.formula).to_dicts()[0]}
+    if a.json: print(_answers(done))
+    else:
+        rows = []
+        for file, r in done.items():
+            if isinstance(r, Exception): continue
+            row = dict(file=file.name, formula=r["formula"] or "")
+            name = lambda t: f"{t.removesuffix('_per_atom').replace('_', ' ')} ({TARGETS[t]})"
+            row |= {name(t): f"{r[t]:.3f} ± {r[t + '_std']:.3f}" for t in TARGETS if t in r}
+            row |= {k.replace("_", " "): f"{r[k]} ({r[k + '_p']:.0%})" for k in ("crystal_system", "space_group")}
+            rows.append(row | {"like the training data": "yes" if r["in_domain"] else "no"})
+        if len(rows) == 1: _print_table(pl.DataFrame(dict(quantity=list(rows[0]), prediction=list(rows[0].values()))))
+        elif rows: _print_table(pl.DataFrame(rows))
+    return _status(done)
+
+
+def _search(a: argparse.Namespace) -> int:
+    from xxact.predict import Predictor, make_index
+    predictor = Predictor.load(a.weights)
+    elements = split_list(a.elements) if a.elements else None
+    candidates = make_index(predictor.model, read_table(a.candidates)) if a.candidates else None
+    done = _one_by_one(a.files, lambda f: predictor.search(f, candidates, a.formula, elements, a.top, a.wavelength))
+    if a.json: print(_answers({f: r if isinstance(r, Exception) else dict(found=r.to_dicts()) for f, r in done.items()}))
+    else:
+        for file, found in done.items():
+            if isinstance(found, Exception): continue
+            if len(done) > 1: print(f"{file}:")
+            _print_table(found)
+    return _status(done)
+
+
 def _convert(a: argparse.Namespace) -> int:
+    from tqdm import tqdm
     from xxact.patterns import read_pattern, write_pattern
-    failed = 0
     if a.out: a.out.mkdir(parents=True, exist_ok=True)
-    for file in a.files:
+    def convert(file: Path) -> None:
         target = (a.out or file.parent) / f"{file.stem}.xy"
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = lambda message, *rest: print(f"xxact: {message}", file=sys.stderr)
-            try:
-                write_pattern(read_pattern(file, a.wavelength, a.unit), target)
-                print(target)
-            except (ValueError, OSError) as e:
-                print(f"xxact: {e}", file=sys.stderr)
-                failed += 1
-    if failed and len(a.files) > 1: print(f"xxact: {failed} of {len(a.files)} files were not converted", file=sys.stderr)
-    return 2 if failed else 0
+        write_pattern(read_pattern(file, a.wavelength, a.unit), target)
+        tqdm.write(str(target))
+    return _status(_one_by_one(a.files, convert))
 
 
 def _readme(a: argparse.Namespace) -> int:
