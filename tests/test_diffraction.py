@@ -395,7 +395,7 @@ def test_bad_measurements(change, message):
     (lambda r: peaks(r, resolution=0.0), "resolution=0.0 in degrees"),
     (lambda r: peaks(r, weakest=math.nan), "weakest=nan from 0 to 1"),
     (lambda r: perturb(r, Augmentation(strain=math.nan), torch.Generator()), "must be 0 or a positive number"),
-    (lambda r: perturb(r, Augmentation(loss=1.5), torch.Generator()), "loss, strange and weakest at most 1"),
+    (lambda r: perturb(r, Augmentation(loss=1.5), torch.Generator()), "loss at most 1"),
     (lambda r: window_pattern(r, fwhm=math.nan), "a positive width in ln q"),
     (lambda r: hide(r, torch.ones(1, 3, dtype=torch.bool)), r"it must be \(1, "),
     (lambda r: observe(r, draw_measurement("ideal", 2)), "2 measurements of 1 materials"),

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xxact.composition import N_ELEMENTS, SYMBOLS, composition_key, formula_amounts, parse_formula, reduced_formula, split_of, tokens
-from xxact.diffraction import LN_Q, N_WINDOWS, WINDOW, View
+from xxact.diffraction import LN_Q, N_WINDOWS, WINDOW
 from xxact.encoders import CompositionEncoder, pool
 from xxact.fusion import FUSIONS, XxaCT, load_model, save_model, start_from
 from xxact.materials import MaterialSet
@@ -117,7 +117,7 @@ def test_what_was_not_measured_cannot_be_seen(data, tokeniser):
     ln_q = math.log(2 * math.pi) - r.ln_d
     outside = (ln_q < limits[r.row, 0]) | (ln_q > limits[r.row, 1])
     other = r._replace(intensity=torch.where(outside, 0.5 * r.intensity, r.intensity))
-    seen = [model.see(x, view=v) for x, v in ((r, View(limits)), (other, View(limits)), (r, None))]
+    seen = [model.see(x, limits=v) for x, v in ((r, limits), (other, limits), (r, None))]
     with torch.no_grad(): a, b, whole = (model(batch._replace(reflections=s)).embedding for s in seen)
     assert torch.equal(a, b) and not torch.allclose(a, whole, atol=1e-3)
 

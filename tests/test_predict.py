@@ -51,7 +51,7 @@ def predictor(data, table):
     model = XxaCT("nano", targets=data.target_names)
     model.fit_scale(data.targets[data.indices("train")])
     p = make_predictor(model.eval(), data)
-    p.index = make_index(model, table)
+    p.index = make_index(table)
     return p
 
 

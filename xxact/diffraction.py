@@ -8,8 +8,8 @@ __all__ = ['D_MIN', 'D_MAX', 'WEAKEST', 'EQUAL', 'WAVELENGTHS', 'CU_KA', 'TWO_TH
            'MEASUREMENTS', 'NARROWEST', 'scattering_coefficients', 'scattering_factor', 'Crystal',
            'crystal_reflections', 'reflections', 'structure_reflections', 'two_theta_of', 'ln_q_of',
            'lorentz_polarisation', 'upload', 'Reflections', 'batch_reflections', 'draw', 'window_pattern', 'Peaks',
-           'peaks', 'hide', 'Augmentation', 'perturb', 'View', 'draw_view', 'Measurement', 'draw_measurement',
-           'observe', 'Patterns', 'peak_shape', 'render', 'Grid', 'to_grid']
+           'peaks', 'hide', 'Augmentation', 'perturb', 'draw_limits', 'Measurement', 'draw_measurement', 'observe',
+           'Patterns', 'peak_shape', 'render', 'Grid', 'to_grid']
 
 # %% ../nbs/01_diffraction.ipynb #92490f2f
 import math
@@ -449,15 +449,12 @@ class Augmentation(NamedTuple):
     shift: float = 0.0  # of single lines, standard deviation of ln d
     texture: float = 0.0  # standard deviation of the ln of each intensity
     loss: float = 0.0  # share of the reflections that are lost
-    strange: float = 0.0  # share of the reflections that become weak lines anywhere
-    weakest: float = 0.0  # largest detection limit, as a share of the strongest line; each material's is drawn evenly in its logarithm
-    resolution: float = RESOLUTION  # coarsest, degrees 2θ (Cu Kα); each batch's is drawn evenly in its logarithm
     begin: float = TWO_THETA[0]  # degrees 2θ (Cu Kα), last at which a measurement begins
     end: float = TWO_THETA[1]  # first at which it ends
 
 
 _LAB = Augmentation(strain=1e-3, shift=2e-4, texture=0.2, loss=0.05)
-_MEASURED = Augmentation(strain=0.01, shift=3e-4, texture=0.3, loss=0.05, strange=0.02, weakest=0.03, resolution=0.3, begin=20.0, end=60.0)
+_MEASURED = Augmentation(strain=0.01, texture=0.1, begin=20.0, end=60.0)
 AUGMENTATIONS = dict(ideal=Augmentation(), lab=_LAB, scaled=_LAB._replace(strain=0.02), measured=_MEASURED)
 
 
@@ -474,8 +471,7 @@ def perturb(
 ) -> Reflections:
     """Reflections of another sample of the same materials, again in order; the strongest within the model's range is never lost.
     Raises `ValueError` for an augmentation that cannot be."""
-    if not (all(0 <= v < math.inf for v in a) and max(a.loss, a.strange, a.weakest) <= 1):
-        raise ValueError(f"{a}: each must be 0 or a positive number; loss, strange and weakest at most 1")
+    if not (all(0 <= v < math.inf for v in a) and a.loss <= 1): raise ValueError(f"{a}: each must be 0 or a positive number; loss at most 1")
     if a == Augmentation(): return r
     m, device = len(r.ln_d), r.ln_d.device
     generator = _on(generator, device)
@@ -487,37 +483,19 @@ def perturb(
     strongest = torch.zeros(r.n, device=device).scatter_reduce_(0, r.row, seen, "amax")
     strong = seen >= strongest[r.row]
     keep = (torch.rand(m, generator=generator, device=device) >= a.loss) | strong
-    if a.strange:
-        chance, place, height = torch.rand(3, m, generator=generator, device=device)
-        other = (chance < a.strange) & ~strong
-        ln_d = torch.where(other, math.log(2 * math.pi) - torch.lerp(*torch.tensor(LN_Q, device=device), place), ln_d)
-        seen = torch.where(other, 0.1 * height**2 * strongest[r.row], seen)
-        intensity, keep = torch.where(other, seen / lorentz_polarisation(ln_d.exp()).clamp(min=1e-30), intensity), keep | other
-    if a.weakest:
-        share = torch.rand(r.n, generator=generator, device=device)
-        keep &= seen >= (a.weakest**share * WEAKEST_PEAK ** (1 - share) * strongest)[r.row]
     order = (1000.0 * r.row - ln_d.double()).argsort()
     return Reflections(ln_d[order], (intensity * keep)[order], r.row, r.n)
 
 
-class View(NamedTuple):
-    "How much of their patterns is seen."
-
-    limits: Tensor  # (n, 2) ln q where each measurement begins and ends
-    resolution: float = RESOLUTION  # degrees 2θ (Cu Kα)
-
-
-def draw_view(
+def draw_limits(
     n: int,  # materials
     a: Augmentation,
     generator: torch.Generator,  # on the CPU
-) -> View | None:  # None: everything
-    "Draw range and resolution of measurements."
-    if (a.resolution, a.begin, a.end) == (RESOLUTION, *TWO_THETA): return None
-    u = torch.rand(n, 2, generator=generator)
-    two_theta = torch.tensor([TWO_THETA]) + u * (torch.tensor([[a.begin, a.end]]) - torch.tensor([TWO_THETA]))
-    limits = (4 * math.pi / CU_KA * torch.deg2rad(two_theta / 2).sin()).log()
-    return View(limits, RESOLUTION * (a.resolution / RESOLUTION) ** float(torch.rand((), generator=generator)))
+) -> Tensor | None:  # (n, 2) ln q; None: everything is seen
+    "Draw where measurements begin and end."
+    if (a.begin, a.end) == TWO_THETA: return None
+    two_theta = torch.tensor([TWO_THETA]) + torch.rand(n, 2, generator=generator) * (torch.tensor([[a.begin, a.end]]) - torch.tensor([TWO_THETA]))
+    return (4 * math.pi / CU_KA * torch.deg2rad(two_theta / 2).sin()).log()
 
 # %% ../nbs/01_diffraction.ipynb #5fc0d134
 Range = float | tuple[float, float]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .composition import N_ELEMENTS, element_descriptors
-from .diffraction import LN_Q, N_PEAKS, N_WINDOWS, WINDOW, Peaks, Reflections, View, hide, peaks, upload, window_pattern
+from .diffraction import LN_Q, N_PEAKS, N_WINDOWS, WINDOW, Peaks, Reflections, hide, peaks, upload, window_pattern
 
 # %% ../nbs/05_encoders.ipynb #25534809
 def waves(
@@ -161,10 +161,10 @@ class PeakTokens(nn.Module):
         self,
         r: Reflections,
         visible: Tensor | None = None,  # hidden reflections are gone already
-        view: View | None = None,  # how much is seen; None: everything
+        limits: Tensor | None = None,  # (n, 2) ln q where each measurement begins and ends; None: everything is seen
     ) -> Peaks:
         "The peaks of lowest angle."
-        return peaks(r, self.n_peaks) if view is None else peaks(r, self.n_peaks, view.resolution, limits=view.limits)
+        return peaks(r, self.n_peaks, limits=limits)
 
     def forward(self, p: Peaks) -> Tokens:
         "Tokens of a list of peaks."
@@ -198,13 +198,13 @@ class PatchTokens(nn.Module):
         self,
         r: Reflections,
         visible: Tensor | None = None,  # (n, N_WINDOWS) bool, best on the CPU; patches of other windows are dropped
-        view: View | None = None,  # patches that it does not wholly cover are dropped
+        limits: Tensor | None = None,  # (n, 2) ln q where each measurement begins and ends; patches that it does not wholly cover are dropped
     ) -> Patches:
         "The patches, cut from the drawn pattern."
-        if view is not None:
-            begin, ln_q, limits = LN_Q[0] + WINDOW * torch.arange(N_WINDOWS), math.log(2 * math.pi) - r.ln_d, view.limits.to(r.ln_d.device)[r.row]
-            r = r._replace(intensity=r.intensity * ((ln_q >= limits[:, 0]) & (ln_q <= limits[:, 1])))
-            low, high = view.limits.cpu().T[..., None]
+        if limits is not None:
+            begin, ln_q, ends = LN_Q[0] + WINDOW * torch.arange(N_WINDOWS), math.log(2 * math.pi) - r.ln_d, limits.to(r.ln_d.device)[r.row]
+            r = r._replace(intensity=r.intensity * ((ln_q >= ends[:, 0]) & (ln_q <= ends[:, 1])))
+            low, high = limits.cpu().T[..., None]
             visible = (begin >= low - 1e-6) & (begin + WINDOW <= high + 1e-6) & (True if visible is None else visible.cpu())
         pattern = window_pattern(r, self.points, self.fwhm).view(r.n, self.n, -1)
         mask = torch.ones(r.n, self.n, dtype=torch.bool) if visible is None else visible.repeat_interleave(2, 1)
@@ -235,10 +235,10 @@ class XRDEncoder(nn.Module):
         self,
         r: Reflections,
         visible: Tensor | None = None,  # (n, N_WINDOWS) bool; tokens of hidden windows are never made
-        view: View | None = None,  # how much of the patterns is seen; None: everything
+        limits: Tensor | None = None,  # (n, 2) ln q where each measurement begins and ends; None: everything is seen
     ) -> Peaks | Patches:
         "What the tokeniser sees of reflections: no weights take part."
-        return self.tokenise.see(r if visible is None else hide(r, upload(visible, r.ln_d.device)), visible, view)
+        return self.tokenise.see(r if visible is None else hide(r, upload(visible, r.ln_d.device)), visible, limits)
 
     def forward(
         self,

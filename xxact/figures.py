@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LABELS', 'COLUMN', 'style', 'axis_label', 'save_figure', 'plot_distributions', 'plot_patterns', 'plot_losses',
            'plot_reconstructions', 'plot_parity', 'plot_comparison', 'plot_residuals', 'plot_convergence',
-           'plot_speed_ups', 'plot_scaling', 'plot_gains']
+           'plot_speed_ups', 'plot_scaling', 'plot_gains', 'plot_measured', 'plot_accuracies']
 
 # %% ../nbs/13_figures.ipynb #fcf8d6a9
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import polars as pl
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from xxact.patterns import Pattern
 
 # %% ../nbs/13_figures.ipynb #e0451443
 LABELS = {t: t.removesuffix("_per_atom").replace("_", " ") for t in TARGETS}
@@ -316,3 +319,49 @@ def plot_gains(
         ax.set(xlabel="change of the error (%)", ylim=(len(groups) - 0.5, -0.5))
     axes[0, 0].set_yticks(range(len(groups)), groups, fontsize=6)
     return fig, gains
+
+# %% ../nbs/13_figures.ipynb #79c50e03
+def plot_measured(
+    scans: Sequence["Pattern"],  # as `read_pattern` gives them
+    lines: Sequence[tuple[np.ndarray, np.ndarray]],  # d-spacings (Å) and heights that each should have
+    names: Sequence[str],
+) -> tuple["Figure", "pl.DataFrame"]:
+    "Measured patterns above calculated lines."
+    import matplotlib.pyplot as plt
+    import polars as pl
+    from xxact.patterns import even_grid
+
+    fig, axes = plt.subplots(len(scans), 1, figsize=(2 * COLUMN, 0.95 * len(scans)), squeeze=False)
+    parts = []
+    for ax, p, (d, height), name in zip(axes[:, 0], scans, lines, names):
+        x, y, _ = even_grid(p, 1700)
+        y = np.sqrt(np.clip(y, 0, None) / y.max())
+        reached = p.wavelength < 2 * d
+        angle, height = 2 * np.degrees(np.arcsin(p.wavelength / 2 / d[reached])), np.sqrt(height[reached])
+        ax.plot(x, y, lw=0.6); ax.vlines(angle, -height, 0, color="C3", lw=0.7); ax.axhline(0, color="0.4", lw=0.5)
+        ax.set(yticks=[], xlim=(x[0], x[-1]), ylim=(-1.05, 1.05)); ax.text(0.995, 0.8, name, transform=ax.transAxes, ha="right", fontsize=7)
+        parts += [pl.DataFrame(dict(name=name, what=what, two_theta=a.astype(float), root_intensity=h.astype(float)))
+                  for what, a, h in (("measured", x, y), ("calculated", angle, height))]
+    axes[-1, 0].set_xlabel("2θ (degrees); √ intensity, measured above, calculated lines below")
+    return fig, pl.concat(parts)
+
+
+def plot_accuracies(
+    df: "pl.DataFrame",  # columns group, what, known, share, low, high
+) -> tuple["Figure", "pl.DataFrame"]:
+    "Share of right answers with its interval: a panel a question, a line what is known, a colour a group."
+    import matplotlib.pyplot as plt
+
+    what, known, groups = (df[c].unique(maintain_order=True).to_list() for c in ("what", "known", "group"))
+    fig, axes = plt.subplots(1, len(what), figsize=(2 * len(what) + 1.2, 0.13 * len(known) * len(groups) + 0.9), squeeze=False, sharey=True)
+    for ax, w in zip(axes[0], what):
+        for r in df.filter(what=w).iter_rows(named=True):
+            g = groups.index(r["group"])
+            y = known.index(r["known"]) + 0.22 * (g - (len(groups) - 1) / 2)
+            ax.plot([100 * r["low"], 100 * r["high"]], [y, y], color=f"C{g}", lw=1.2, alpha=0.6)
+            ax.plot(100 * r["share"], y, "osD^"[g], ms=3, color=f"C{g}", label=r["group"])
+        ax.set(title=w, xlabel="right (%)", xlim=(-3, 103), ylim=(len(known) - 0.5, -0.5), yticks=range(len(known)), yticklabels=known)
+        ax.grid(axis="x", lw=0.3)
+    handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(handles.values(), handles.keys(), fontsize=6, loc="outside lower center", ncols=len(groups))
+    return fig, df

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .diffraction import Peaks, Reflections, View
+from .diffraction import Peaks, Reflections
 from .encoders import Block, CompositionEncoder, Patches, Tokens, XRDEncoder, pool
 from .materials import CRYSTAL_SYSTEMS, Batch
 
@@ -116,10 +116,10 @@ class XxaCT(nn.Module):
         self,
         r: Reflections,
         visible: Tensor | None = None,  # (n, N_WINDOWS) bool: windows of the pattern that may be seen; None: all
-        view: View | None = None,  # how much of the patterns is seen; None: everything
+        limits: Tensor | None = None,  # (n, 2) ln q where each measurement begins and ends; None: everything is seen
     ) -> Peaks | Patches | None:
         "What the XRD encoder sees of reflections, None where there is none: it can be made before, since no weights take part."
-        return self.xrd.see(r, visible, view) if hasattr(self, "xrd") else None
+        return self.xrd.see(r, visible, limits) if hasattr(self, "xrd") else None
 
     def encode(
         self,

@@ -311,6 +311,22 @@ class MaterialSet:
             raise ValueError(f"the set has no target {missing[0]!r}; it has {', '.join(self.target_names) or 'none'}")
         return replace(self, targets=self.targets[:, [self.target_names.index(t) for t in names]], target_names=tuple(names))
 
+    def with_reflections(
+        self,
+        index: Tensor,  # (k,) materials, each any number of times
+        reflections: Sequence[tuple[np.ndarray, np.ndarray]],  # (d-spacing Å, intensity) of each of the k
+    ) -> "MaterialSet":
+        "Some of the materials with other reflections, such as were found in measurements of them."
+        first = lambda counts: torch.cat([torch.zeros(1, dtype=torch.int64), torch.as_tensor(counts).cumsum(0)])
+        d, y = (np.concatenate(x) for x in zip(*((d, i / i.max()) for d, i in reflections), strict=True))
+        z_at, _, n_z = _ragged(self.first_element, index, torch.device("cpu"))
+        ids = self.material_ids
+        return replace(
+            self, ln_d=torch.from_numpy(_pack(np.log(d), *_LN_D)), sqrt_intensity=torch.from_numpy(_pack(np.sqrt(y), 0, 1)),
+            first_reflection=first([len(d) for d, _ in reflections]), atomic_numbers=self.atomic_numbers[z_at], fractions=self.fractions[z_at],
+            first_element=first(n_z), targets=self.targets[index], space_group=self.space_group[index], composition=self.composition[index],
+            split=self.split[index], names=torch.tensor(bytearray("\n".join(ids[i] for i in index.tolist()).encode()), dtype=torch.uint8))
+
     def split_by_chemistry(self) -> "MaterialSet":
         "The same set split by its chemical systems instead of its compositions: no test material has just the elements of a training material."
         ends = self.first_element.tolist()

@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['PatternLike', 'CASES', 'SYSTEM_OF_GROUP', 'COVERAGE', 'WITHIN', 'KEPT_PEAKS', 'RERANKED', 'MOVED', 'SHIPPED', 'Input',
            'as_inputs', 'batch_inputs', 'Raw', 'ask', 'probabilities', 'fit_case', 'spread_of', 'Index', 'make_index',
-           'strongest_peaks', 'peak_match', 'Predictor', 'as_measured', 'formula_of', 'make_predictor',
+           'strongest_peaks', 'peak_match', 'Predictor', 'as_measured', 'measured_set', 'formula_of', 'make_predictor',
            'score_predictor']
 
 # %% ../nbs/11_predict.ipynb #ef633564
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .composition import SYMBOLS, composition_key, formula_amounts, parse_formula
-from .diffraction import LN_Q, Peaks, Reflections, View, batch_reflections, draw, peaks, render
+from .diffraction import LN_Q, Measurement, Peaks, Reflections, batch_reflections, draw, peaks, render
 from .evaluate import calibration_error
 from .fusion import LOG_TARGETS, XxaCT, load_model, save_model
 from .materials import CRYSTAL_SYSTEMS, Batch, MaterialSet, crystal_system
@@ -90,7 +93,7 @@ def batch_inputs(
     nothing = Measured(np.ones(1), np.zeros(1), LN_Q)
     patterns = [i.pattern or nothing for i in inputs]
     r = batch_reflections([(p.d_spacing, p.intensity) for p in patterns])
-    seen = model.see(r, view=View(torch.tensor([p.limits for p in patterns], dtype=torch.float32)))
+    seen = model.see(r, limits=torch.tensor([p.limits for p in patterns], dtype=torch.float32))
     unknown = torch.zeros(n, dtype=torch.int64)
     return Batch(z, x, seen, torch.full((n, len(model.target_mean)), torch.nan), unknown, unknown), keep
 
@@ -194,26 +197,45 @@ def spread_of(
 
 # %% ../nbs/11_predict.ipynb #8368030d
 KEPT_PEAKS, RERANKED, MOVED = 64, 200, 0.03  # peaks of a material, candidates compared by them, ln d by which they are moved
-_LN_Q_BITS, _FWHM, _STEP = 65535, 0.006, 0.002  # of the kept places; width and step of the drawn patterns, ln q
+_LN_Q_BITS, _FWHM, _STEP = 65535, 0.006, 0.002  # of the kept places; width and step of the compared patterns, ln q
+_COARSE_FWHM, _COARSE_STEP = 0.02, 0.01  # of the embedded patterns, ln q
+
+
+def _place(stored: Tensor) -> Tensor: return LN_Q[0] + stored.to(torch.int32) / _LN_Q_BITS * (LN_Q[1] - LN_Q[0])
+
+
+def _bits(atomic_numbers: Tensor) -> Tensor:  # (n, k) to (n, 13) uint8
+    "Elements as bits; 0 is padding."
+    has = torch.zeros(len(atomic_numbers), 105, dtype=torch.int64).scatter_(1, atomic_numbers.long(), 1)[:, 1:]
+    return (has.view(-1, 13, 8) << torch.arange(8)).sum(2).to(torch.uint8)
 
 
 class Index(NamedTuple):
     "Known materials to search."
 
     embedding: Tensor  # (n, w) int8, a unit vector each
-    projection: Tensor  # (w of the model, w) from the model's embedding
-    centre: Tensor  # (w of the model,)
+    projection: Tensor  # (points, w) from the coarse pattern
+    centre: Tensor  # (points,)
     ln_q: Tensor  # (n, KEPT_PEAKS) uint16, over the model's range
     intensity: Tensor  # (n, KEPT_PEAKS) uint8, of the root; 0 is padding
     space_group: Tensor  # (n,) uint8, 0 where unknown
-    elements: Tensor  # (n, 103) bool
+    elements: Tensor  # (n, 13) uint8, a bit an element
     formula: list[str]
     material_id: list[str]
+
+    def holds(self, elements: Sequence[int]) -> Tensor:  # (n,) bool
+        "Which materials consist of just these elements (atomic numbers)."
+        return (self.elements == _bits(torch.tensor([[*elements]]))).all(1)
 
     def save(self, path: str | Path) -> None:
         "Write one safetensors file."
         tensors = {k: v.contiguous() for k, v in self._asdict().items() if isinstance(v, Tensor)}
         save_file(tensors, path, {k: "\n".join(v) for k, v in self._asdict().items() if isinstance(v, list)})
+
+    def lines(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        "The kept lines of a material: d-spacing (Å), and height of the peak with Cu Kα, strongest 1."
+        ln_q, y = _place(self.ln_q[row]), (self.intensity[row].float() / 255) ** 2
+        return (2 * math.pi / ln_q.exp())[y > 0].numpy(), y[y > 0].numpy()
 
     @classmethod
     def load(cls, path: str | Path) -> "Index":
@@ -226,29 +248,31 @@ class Index(NamedTuple):
 
 
 def make_index(
-    model: XxaCT,
     df: "pl.DataFrame",  # material table
     width: int = 96,  # of the kept embedding
 ) -> Index:
     "Index the materials of a table by their calculated patterns."
     data = MaterialSet.from_table(df, [])
-    embedding, places, heights = [], [], []
-    with torch.no_grad():
-        for i in torch.arange(len(data)).split(512):
-            batch = data.batch(i)
-            p = strongest_peaks(batch.reflections)
-            embedding.append(model(batch._replace(reflections=model.see(batch.reflections)), torch.tensor([CASES["pattern"]] * len(i))).embedding)
-            places.append(p.ln_q), heights.append(p.intensity)
-    e, ln_q, intensity = (torch.cat(x) for x in (embedding, places, heights))
-    centre = e.mean(0)
-    projection = torch.linalg.eigh((e - centre).T.double() @ (e - centre).double()).eigenvectors[:, -width:].float()
-    unit = torch.nn.functional.normalize((e - centre) @ projection)
-    elements = torch.zeros(len(data), 103, dtype=torch.bool)
-    row = torch.repeat_interleave(torch.arange(len(data)), data.first_element.diff())
-    elements[row, data.atomic_numbers.long() - 1] = True
+    parts = [(strongest_peaks(b.reflections), _bits(b.atomic_numbers)) for b in map(data.batch, torch.arange(len(data)).split(512))]
+    ln_q, intensity, elements = (torch.cat(x) for x in zip(*((p.ln_q, p.intensity, e) for p, e in parts), strict=True))
+    coarse = torch.cat([_coarse(*pair) for pair in zip(ln_q.split(4096), intensity.split(4096), strict=True)])
+    centre = coarse.mean(0)
+    projection = torch.linalg.eigh((coarse - centre).T.double() @ (coarse - centre).double()).eigenvectors[:, -width:].float()
+    unit = torch.nn.functional.normalize((coarse - centre) @ projection)
     place = ((ln_q - LN_Q[0]) / (LN_Q[1] - LN_Q[0])).clamp(0, 1)
     return Index((127 * unit).round().to(torch.int8), projection, centre, (place * _LN_Q_BITS).round().to(torch.int32).to(torch.uint16),
                  (255 * intensity.sqrt()).round().to(torch.uint8), data.space_group, elements, df["formula"].to_list(), data.material_ids)
+
+
+def _coarse(ln_q: Tensor, intensity: Tensor) -> Tensor:  # (n, points)
+    "Patterns of low resolution, unit vectors."
+    n = math.ceil((LN_Q[1] - LN_Q[0]) / _COARSE_STEP)
+    return torch.nn.functional.normalize(_drawn(ln_q, intensity, LN_Q[0], _COARSE_STEP, n, _COARSE_FWHM))
+
+
+def _drawn(ln_q: Tensor, intensity: Tensor, begin: float, step: float, n: int, fwhm: float) -> Tensor:
+    row = torch.arange(len(ln_q)).repeat_interleave(ln_q.shape[1])
+    return draw(ln_q.flatten(), intensity.sqrt().flatten(), row, len(ln_q), begin, step, n, fwhm)
 
 
 def strongest_peaks(r: Reflections) -> Peaks:
@@ -266,10 +290,8 @@ def peak_match(
     "How well peaks agree within the query's range: the largest cosine of the √-intensity patterns, moved against each other."
     low, high = query.limits[0].tolist()
     n, shifts = math.ceil((high - low) / _STEP), round(MOVED / _STEP)
-    def drawn(at: Tensor, y: Tensor) -> Tensor:
-        row = torch.arange(len(at)).repeat_interleave(at.shape[1])
-        return draw(at.flatten(), y.sqrt().flatten(), row, len(at), low, _STEP, n, _FWHM)
-    mine, others = drawn(query.ln_q, query.intensity)[0], drawn(ln_q, intensity)
+    mine, others = (_drawn(*lines, low, _STEP, n, _FWHM) for lines in ((query.ln_q, query.intensity), (ln_q, intensity)))
+    mine = mine[0]
     padded = torch.nn.functional.pad(mine, (shifts, shifts)).unfold(0, n, 1)  # (2 shifts + 1, n)
     norm = lambda t: t.norm(dim=-1).clamp(min=1e-9)
     return ((others @ padded.T) / (norm(others)[:, None] * norm(padded))).amax(1)
@@ -332,13 +354,9 @@ class Predictor:
         "Predictions of inputs."
         import polars as pl
         raw, n = ask(self.model, inputs), len(inputs)
-        std, far, temperature = torch.empty_like(raw.targets), torch.empty(n), torch.empty(n, 2)
-        for case, fitted in self.cases.items():
-            rows = torch.tensor([i for i, one in enumerate(inputs) if one.case == case], dtype=torch.int64)
-            if not len(rows): continue
-            std[rows], far[rows] = spread_of(Raw(*(x[rows] for x in raw)), fitted)
-            temperature[rows] = fitted["temperature"]
-        system, group = probabilities(raw, temperature)
+        std, far = torch.empty_like(raw.targets), torch.empty(n)
+        for case, rows in self._by_case(inputs): std[rows], far[rows] = spread_of(Raw(*(x[rows] for x in raw)), self.cases[case])
+        system, group = self._symmetry(inputs, raw)
         value, width = self.model.in_units(raw.targets), std * self.model.target_std
         gap = torch.tensor([t.startswith("band_gap") for t in self.model.config["targets"]], dtype=torch.bool)
         value = torch.where(gap, value.clamp(min=0), value)
@@ -350,6 +368,23 @@ class Predictor:
                         space_group=(group.argmax(1) + 1).tolist(), space_group_p=group.amax(1).tolist(),
                         in_domain=[bool(f <= 1) and k for f, k in zip(far, known, strict=True)])
         return pl.DataFrame(columns)
+
+    def symmetry(
+        self,
+        inputs: Sequence[Input],
+    ) -> tuple[Tensor, Tensor]:  # (n, 7), in the order of CRYSTAL_SYSTEMS; (n, 230)
+        "Probabilities of all crystal systems and space groups."
+        return self._symmetry(inputs, ask(self.model, inputs))
+
+    def _symmetry(self, inputs: Sequence[Input], raw: Raw) -> tuple[Tensor, Tensor]:
+        temperature = torch.empty(len(inputs), 2)
+        for case, rows in self._by_case(inputs): temperature[rows] = self.cases[case]["temperature"]
+        return probabilities(raw, temperature)
+
+    def _by_case(self, inputs: Sequence[Input]) -> Iterator[tuple[str, Tensor]]:
+        for case in self.cases:
+            rows = torch.tensor([i for i, one in enumerate(inputs) if one.case == case], dtype=torch.int64)
+            if len(rows): yield case, rows
 
     def embed(
         self,
@@ -371,33 +406,29 @@ class Predictor:
     ) -> "pl.DataFrame":  # material_id, formula, space_group, match of the peaks, similarity of the embeddings; best first
         "Known materials whose pattern is most like a measured one. Raises `ValueError` where no material passes the filter."
         import polars as pl
-        index = self.index if candidates is None else candidates if isinstance(candidates, Index) else make_index(self.model, candidates)
+        index = self.index if candidates is None else candidates if isinstance(candidates, Index) else make_index(candidates)
         if index is None: raise ValueError("this predictor has no index of materials; give candidates=a material table")
         [one] = as_inputs(None, pattern, wavelength)
-        embedding = ask(self.model, [one]).embedding[0]
-        if index.centre.shape != embedding.shape: raise ValueError("the index was made with other weights")
         among = torch.ones(len(index.formula), dtype=torch.bool)
         if formula is not None:
             key = composition_key(formula)
             elements = elements or list(formula_amounts(formula))
         if elements is not None:
             if strange := [e for e in elements if e not in SYMBOLS[1:]]: raise ValueError(f"there is no element {strange[0]!r}")
-            wanted = torch.zeros(103, dtype=torch.bool)
-            wanted[[SYMBOLS.index(e) - 1 for e in elements]] = True
-            among &= (index.elements == wanted).all(1)
+            among &= index.holds([SYMBOLS.index(e) for e in elements])
         if formula is not None:
             for row in among.nonzero().squeeze(1).tolist(): among[row] = composition_key(index.formula[row]) == key
         rows = among.nonzero().squeeze(1)
         wish = f"the composition {formula}" if formula else "just these elements"
         if not len(rows): raise ValueError(f"none of the {len(among)} known materials has {wish}")
-        query = torch.nn.functional.normalize((embedding - index.centre) @ index.projection, dim=0)
-        similarity = index.embedding[rows].float() @ query / 127
-        best = similarity.topk(min(RERANKED, len(rows))).indices
-        rows, similarity = rows[best], similarity[best]
         r = batch_reflections([(one.pattern.d_spacing, one.pattern.intensity)])
         seen = strongest_peaks(r)._replace(limits=torch.tensor([one.pattern.limits], dtype=torch.float32))
-        place = LN_Q[0] + index.ln_q[rows].to(torch.int32) / _LN_Q_BITS * (LN_Q[1] - LN_Q[0])
-        match = peak_match(seen, place, (index.intensity[rows].float() / 255) ** 2)
+        moved = torch.cat([_coarse(seen.ln_q + s * _COARSE_STEP, seen.intensity) for s in (-1, 0, 1)])
+        query = torch.nn.functional.normalize((moved - index.centre) @ index.projection)
+        similarity = (index.embedding[rows].float() @ query.T / 127).amax(1)
+        best = similarity.topk(min(RERANKED, len(rows))).indices
+        rows, similarity = rows[best], similarity[best]
+        match = peak_match(seen, _place(index.ln_q[rows]), (index.intensity[rows].float() / 255) ** 2)
         order = match.argsort(descending=True)[:top]
         pick = lambda values: [values[rows[i]] for i in order]
         columns = dict(space_group=index.space_group[rows[order]], match=match[order], similarity=similarity[order])
@@ -407,19 +438,41 @@ class Predictor:
 def as_measured(
     data: MaterialSet,
     index: Tensor,  # materials
-    measurement: str = "lab",  # as `render` knows it
+    measurement: str | Measurement = "lab",  # as `render` knows it
     seed: int = 0,
+    workers: int = 1,  # processes
 ) -> list[Measured | None]:  # None where no peak is found
     "Patterns of materials as a measurement would show them."
-    found: list[Measured | None] = []
-    for step, i in enumerate(index.split(64)):
-        drawn = render(data.batch(i).reflections, measurement, generator=draws(seed, step))
-        x, lines = drawn.two_theta.double().numpy(), drawn.measurement
-        tubes = zip(lines.wavelength.tolist(), lines.kalpha2.tolist(), lines.kalpha2_shift.tolist(), strict=True)
-        for y, (w, second, shift) in zip(drawn.intensity.double().numpy(), tubes, strict=True):
-            try: found.append(to_reflections(Pattern(x, y, w, dict(kalpha2=w * (1 + shift)) if second else {})))
-            except ValueError: found.append(None)
+    parts = index.split(64)
+    reflections = ([t.numpy() for t in data.batch(i).reflections[:3]] for i in parts)
+    jobs = reflections, *map(repeat, (measurement, seed)), range(len(parts))
+    if workers == 1: return sum(map(_measure, *jobs), [])
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool: return sum(pool.map(_measure, *jobs, chunksize=8), [])
+
+
+def _measure(reflections: list[np.ndarray], measurement: str | Measurement, seed: int, step: int) -> list[Measured | None]:
+    ln_d, intensity, row = map(torch.from_numpy, reflections)
+    drawn = render(Reflections(ln_d, intensity, row, int(row[-1]) + 1), measurement, generator=draws(seed, step))
+    x, lines, found = drawn.two_theta.double().numpy(), drawn.measurement, []
+    tubes = zip(lines.wavelength.tolist(), lines.kalpha2.tolist(), lines.kalpha2_shift.tolist(), strict=True)
+    for y, (w, second, shift) in zip(drawn.intensity.double().numpy(), tubes, strict=True):
+        try: found.append(to_reflections(Pattern(x, y, w, dict(kalpha2=w * (1 + shift)) if second else {})))
+        except ValueError: found.append(None)
     return found
+
+
+def measured_set(
+    data: MaterialSet,
+    copies: int = 4,  # patterns of each training material, each by another instrument
+    measurement: str | Measurement = "lab",
+    seed: int = 0,
+    workers: int = 1,  # processes
+) -> MaterialSet:
+    "The same materials as a measurement shows them: reflections found in drawn patterns, several of each training material, one of the others."
+    index = torch.cat([data.indices("train")] * copies + [data.indices("val"), data.indices("test")])
+    patterns = as_measured(data, index, measurement, seed, workers)
+    seen = [i for i, p in enumerate(patterns) if p]
+    return data.with_reflections(index[seen], [(patterns[i].d_spacing, patterns[i].intensity) for i in seen])
 
 
 def formula_of(
@@ -435,14 +488,15 @@ def make_predictor(
     model: XxaCT,
     data: MaterialSet,
     materials: int = 4000,  # of the training side, to know what is like them
-    seed: int = 0,  # of the rendered patterns
+    seed: int = 1,  # of the drawn patterns
+    workers: int = 1,  # processes
 ) -> Predictor:
     "A predictor from a trained model, calibrated on the validation split. Raises `ValueError` where that is too small."
     cases: dict[str, dict[str, Tensor]] = {}
     val, train = data.indices("val"), data.indices("train")
     some = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:materials]]
     index = torch.cat([val, some])
-    patterns = as_measured(data, index, seed=seed)
+    patterns = as_measured(data, index, seed=seed, workers=workers)
     seen = torch.tensor([p is not None for p in patterns])
     held_out = int(seen[: len(val)].sum())
     index, patterns = index[seen], [p for p in patterns if p]
@@ -462,10 +516,11 @@ def score_predictor(
     p: Predictor,
     data: MaterialSet,
     index: Tensor,  # materials that neither training nor calibration has seen
-    seed: int = 1,  # of the rendered patterns
+    seed: int = 2,  # of the drawn patterns
+    workers: int = 1,  # processes
 ) -> dict[str, dict[str, float]]:  # of each case: errors, accuracies, coverage of the 90 % intervals, calibration errors, share in the domain
     "Errors and honesty of a predictor on measured-like patterns."
-    patterns = as_measured(data, index, seed=seed)
+    patterns = as_measured(data, index, seed=seed, workers=workers)
     seen = torch.tensor([q is not None for q in patterns])
     index, patterns = index[seen], [q for q in patterns if q]
     formulas, group = [formula_of(data, int(i)) for i in index], data.space_group[index].long().numpy()

@@ -46,7 +46,7 @@ from .evaluate import dummy, retrieval, scores
 from .fusion import FUSIONS, SIZES, XxaCT, choose, load_model, save_model, start_from
 from .materials import TARGETS, MaterialSet, read_table
 from .mxm import TrivialPredictors, hide_windows, window_errors
-from .predict import Predictor, make_index, make_predictor, score_predictor
+from .predict import Predictor, make_index, make_predictor, measured_set, score_predictor
 from .trainer import RECIPE, Predictions, Pretraining, Supervised, draws, pick_device, predict, read_log, run_id, train
 
 if TYPE_CHECKING:
@@ -483,7 +483,7 @@ def finetune(
     fusion: str = "cross",
     symmetry_weight: float = 2.0,  # of the crystal system's log loss, where a target's has 1
     modality_dropout: float = 0.0,
-    augment: str = "auto",  # how training samples differ from the calculation: ideal, lab, scaled or measured; auto: scaled for XRD alone, else lab
+    augment: str = "auto",  # how training samples differ from the calculation: one of `AUGMENTATIONS`; auto: scaled for XRD alone, else lab
     epochs: int = 8,
     batch_size: int = 64,
     lr: float = 0.0,  # 0: that of the size
@@ -555,38 +555,52 @@ def dummy_scores(data: MaterialSet) -> dict[str, float]:
 def ship(
     dataset: str,
     out: str | Path,  # folder of the predictor
-    source: str = "",  # sources to use, comma-separated; empty: all
+    source: str = "",  # sources whose targets are learned, comma-separated; empty: all. Volume and symmetry are learned of all materials
+    known: str = "",  # sources of the index of known materials; empty: all
     leave_out: Sequence[str | Path] = (),  # Parquet tables whose compositions (column `formula`) must not be trained on
     size: str = "small",
-    epochs: int = 12,
+    copies: int = 4,  # drawn patterns of each training material
+    epochs: int = 2,  # over all these
     batch_size: int = 32,
     seed: int = 0,
     device: str = "auto",
+    workers: int = 1,  # processes that draw patterns
     runs: str | Path | None = None,  # folder of runs; None: that of the clone
 ) -> Predictor:
     "Train, calibrate, score and index a predictor for measured patterns. Raises `ValueError` for input that cannot be used."
     import polars as pl
     from xxact.sources import SOURCES
 
-    df, formulas = load_table(dataset, source), []
+    df, formulas = load_table(dataset), []
+    labelled = sorted(set(load_table(dataset, source)["source"]))
     for path in leave_out:
         try: formulas += pl.read_parquet(path, columns=["formula"])["formula"].drop_nulls().to_list()
         except (pl.exceptions.PolarsError, OSError) as e: raise ValueError(f"{path} is no Parquet table with a column formula: {e}") from e
     left_out = {composition_hash(composition_key(f)) for f in formulas}
     learned = df.filter(~pl.col("composition").is_in(list(left_out)))
-    data = MaterialSet.from_table(learned, wanted_targets(df))
-    run = finetune(data, Path(runs or project_root() / "runs/ship"), size=size, modality_dropout=0.25, augment="measured", epochs=epochs,
+    targets = wanted_targets(df.filter(pl.col("source").is_in(labelled)))
+    elsewhere = ~pl.col("source").is_in(labelled)
+    learned = learned.with_columns(pl.when(elsewhere).then(None).otherwise(t).alias(t) for t in targets if t != "volume_per_atom")
+    data, runs = MaterialSet.from_table(learned, targets), Path(runs or project_root() / "runs/ship")
+    drawn = runs / f"measured-{hashlib.sha256(json.dumps([data.fingerprint(), copies, seed]).encode()).hexdigest()[:10]}.safetensors"
+    if not drawn.exists():
+        runs.mkdir(parents=True, exist_ok=True)
+        measured_set(data, copies, seed=seed, workers=workers).save(drawn)
+    run = finetune(MaterialSet.load(drawn), runs, size=size, modality_dropout=0.25, augment="measured", epochs=epochs,
                    batch_size=batch_size, seed=seed, device=device)
-    predictor = make_predictor(load_model(run.weights), data)
-    predictor.index = make_index(predictor.model, df)
+    predictor = make_predictor(load_model(run.weights), data, workers=workers)
+    index = load_table(dataset, known)
+    predictor.index = make_index(index)
     sources = sorted(set(df["source"]))
     predictor.card |= dict(
-        trained_on=f"{run.results['training_materials']} materials, their calculated peaks drawn anew each time as a laboratory would measure them",
+        trained_on=f"{len(data.indices('train'))} materials, {copies} patterns of each drawn as a laboratory would measure them",
+        labels=f"volume and symmetry of all materials, other targets of {', '.join(labelled)}",
         sources=sources, licence=[SOURCES[s][0] for s in sources if s in SOURCES], citation=[SOURCES[s][1] for s in sources if s in SOURCES],
-        index=f"{len(df)} materials", left_out=f"{len(df) - len(learned)} materials of {len(left_out)} compositions",
-        not_for="mixtures, amorphous or strongly textured samples, elements outside its training, and anything where an error would be dangerous",
-        parameters=dict(size=size, epochs=epochs, batch_size=batch_size, seed=seed), run=run.id, **provenance(),
-        test=score_predictor(predictor, data, data.indices("test")))
+        index=f"{len(index)} materials of {', '.join(sorted(set(index['source'])))}",
+        left_out=f"{len(df) - len(learned)} materials of {len(left_out)} compositions",
+        not_for="mixtures, amorphous or strongly textured samples, elements outside its training, anything where an error would be dangerous",
+        parameters=dict(size=size, copies=copies, epochs=epochs, batch_size=batch_size, seed=seed), run=run.id, **provenance(),
+        test=score_predictor(predictor, data, data.indices("test"), workers=workers))
     predictor.save(out)
     return predictor
 
@@ -666,6 +680,9 @@ MAIN = ("01_data", "02_pretrain", "03_finetune")  # data, pretraining, fine-tuni
 SWEEPS = ("04_convergence", "05_data_scaling", "06_accuracy")  # of many runs
 
 
+_PATHS = ("dataset", "patterns", "weights")  # parameters that may name files
+
+
 def reproduce(
     profile: str = "smoke",
     only: Sequence[str] = MAIN,  # names of experiments, which run in order
@@ -675,12 +692,12 @@ def reproduce(
     root = project_root()
     chosen = parameters(root, profile, overrides or {}, only)
     for name, params in chosen.items(): check_parameters(params, name)
-    for params in chosen.values():
+    for params in (p for p in chosen.values() if "dataset" in p):
         wanted_targets(load_table(params["dataset"], params.get("source", "")), params.get("targets", ""))
     done = []
     for name, params in chosen.items():
         notebook, out, figures = experiments(root)[name], root / "runs" / profile, root / "figures" / profile
-        what = [notebook.read_text(encoding="utf-8"), params, _code_stamp(), _stamp(params["dataset"])]
+        what = [notebook.read_text(encoding="utf-8"), params, _code_stamp(), *(_stamp(params[k]) for k in _PATHS if k in params)]
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         stamp, copy = out / f".{name}.done", out / notebook.name
         before = json.loads(stamp.read_text()) if stamp.exists() else {}
@@ -877,11 +894,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = commands.add_parser("ship", help="train, calibrate and index a predictor for measured patterns: the weights in the package")
     p.add_argument("dataset", metavar="SOURCE", help="anything that can be prepared")
     p.add_argument("--out", required=True, metavar="FOLDER", type=Path, help="where the weights go")
-    p.add_argument("--source", default="", help="sources whose labels and materials are used (default: all)")
+    p.add_argument("--source", default="", help="sources whose targets are learned; volume and symmetry are learned of all (default: all)")
+    p.add_argument("--known", default="", metavar="SOURCES", help="sources of the index of known materials (default: all)")
     p.add_argument("--leave-out", default=[], action="append", metavar="TABLE", type=Path,
                    help="a Parquet table with a column `formula` of materials that will score the predictor and must not train it (can be repeated)")
     p.add_argument("--size", default="small", help="nano, small, base or large (default: small)")
-    p.add_argument("--epochs", type=int, default=12, help="of training (default: 12)")
+    p.add_argument("--copies", type=int, default=4, help="drawn patterns of each training material (default: 4)")
+    p.add_argument("--epochs", type=int, default=2, help="over all these patterns (default: 2)")
+    p.add_argument("--workers", type=int, default=1, help="processes that draw patterns (default: 1)")
     p.add_argument("--batch-size", type=int, default=32, help="materials (default: 32)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
@@ -932,7 +952,7 @@ def _reproduce(a: argparse.Namespace) -> int:
         if not sign: raise ValueError(f"{text!r} is no parameter; write NAME=VALUE, for example epochs=20")
         overrides[key.lower()] = value
     profile = overrides.pop("profile", a.profile)
-    if Path(overrides.get("dataset", "")).exists() and "dataset" in overrides: overrides["dataset"] = str(Path(overrides["dataset"]).resolve())
+    overrides |= {k: str(Path(overrides[k]).resolve()) for k in _PATHS if overrides.get(k) and Path(overrides[k]).exists()}
     root, started = project_root(), time.monotonic()
     copies = reproduce(profile, a.only or (experiments(root) if a.all else MAIN), overrides)
     made = [f for copy in copies for f in json.loads((copy.parent / f".{copy.stem}.done").read_text())["figures"]]
@@ -1064,7 +1084,7 @@ def _search(a: argparse.Namespace) -> int:
     from xxact.predict import Predictor, make_index
     predictor = Predictor.load(a.weights)
     elements = split_list(a.elements) if a.elements else None
-    candidates = make_index(predictor.model, read_table(a.candidates)) if a.candidates else None
+    candidates = make_index(read_table(a.candidates)) if a.candidates else None
     done = _one_by_one(a.files, lambda f: predictor.search(f, candidates, a.formula, elements, a.top, a.wavelength))
     if a.json: print(_answers({f: r if isinstance(r, Exception) else dict(found=r.to_dicts()) for f, r in done.items()}))
     else:

@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .contrastive import Alignment, alignment_loss, processes, total
-from .diffraction import AUGMENTATIONS, Reflections, draw_view, perturb, upload, window_pattern
+from .diffraction import AUGMENTATIONS, Reflections, draw_limits, perturb, upload, window_pattern
 from .encoders import Tokens
 from .fusion import SIZES, Output, XxaCT, choose, drop_modalities, save_model, start_from
 from .materials import Batch, MaterialSet, crystal_system
@@ -86,7 +86,7 @@ class Supervised(nn.Module):
         model: XxaCT,
         symmetry_weight: float = 2.0,  # of the crystal system's log loss, where a target's has 1; the space group's has half of it
         modality_dropout: float = 0.0,  # share of materials that lose each of the two modalities
-        augment: str = "lab",  # how samples differ from the calculation: ideal (not at all), lab, scaled (lab, and the size of the cell) or measured
+        augment: str = "lab",  # how samples differ from the calculation: ideal (not at all), lab, scaled (also the size of the cell) or measured
     ):
         super().__init__()
         choose("augment", augment, tuple(AUGMENTATIONS))
@@ -107,12 +107,12 @@ class Supervised(nn.Module):
         if self.model.config["modalities"] == "both" and self.modality_dropout:
             keep = upload(drop_modalities(len(batch.composition), self.modality_dropout, generator), batch.composition.device)
         a = AUGMENTATIONS[self.augment]
-        batch, view = batch._replace(reflections=perturb(batch.reflections, a, generator)), draw_view(len(batch.composition), a, generator)
+        batch, limits = batch._replace(reflections=perturb(batch.reflections, a, generator)), draw_limits(len(batch.composition), a, generator)
         if share:
             batch, keep = share.of(batch), None if keep is None else keep[share.materials]
-            view = view and view._replace(limits=view.limits[share.materials])
-        if view: view = view._replace(limits=upload(view.limits, batch.composition.device))
-        return Prepared(batch._replace(reflections=self.model.see(batch.reflections, view=view)), keep)
+            limits = None if limits is None else limits[share.materials]
+        if limits is not None: limits = upload(limits, batch.composition.device)
+        return Prepared(batch._replace(reflections=self.model.see(batch.reflections, limits=limits)), keep)
 
     def compute(self, p: Prepared) -> Output:
         "What the model says."
