@@ -223,7 +223,7 @@ def test_readme_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"<!-- example -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     scope: dict = {}
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         assert len(example.strip().splitlines()) <= 12
         exec(example, scope)

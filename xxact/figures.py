@@ -339,7 +339,7 @@ def plot_measured(
         reached = p.wavelength < 2 * d
         angle, height = 2 * np.degrees(np.arcsin(p.wavelength / 2 / d[reached])), np.sqrt(height[reached])
         ax.plot(x, y, lw=0.6); ax.vlines(angle, -height, 0, color="C3", lw=0.7); ax.axhline(0, color="0.4", lw=0.5)
-        ax.set(yticks=[], xlim=(x[0], x[-1]), ylim=(-1.05, 1.05)); ax.text(0.995, 0.8, name, transform=ax.transAxes, ha="right", fontsize=7)
+        ax.set(yticks=[], xlim=(x[0], x[-1]), ylim=(-1.05, 1.05)); ax.set_title(name, loc="left", fontsize=7, pad=2)
         parts += [pl.DataFrame(dict(name=name, what=what, two_theta=a.astype(float), root_intensity=h.astype(float)))
                   for what, a, h in (("measured", x, y), ("calculated", angle, height))]
     axes[-1, 0].set_xlabel("2θ (degrees); √ intensity, measured above, calculated lines below")

@@ -321,7 +321,7 @@ class Predictor:
         "Open a predictor. Raises `ValueError` where there is none."
         folder = Path(path or SHIPPED)
         if not (folder / "model.safetensors").exists():
-            raise ValueError(f"{folder} holds no predictor (model.safetensors, calibration.safetensors, card.json)")
+            raise ValueError(f"{folder} holds no predictor: model, calibration (safetensors) and card.json, which `xxact ship` makes")
         try: flat, card = load_file(folder / "calibration.safetensors"), json.loads((folder / "card.json").read_text())
         except (SafetensorError, OSError, json.JSONDecodeError) as e: raise ValueError(f"{folder} holds no complete predictor: {e}") from e
         cases: dict[str, dict[str, Tensor]] = {}
@@ -447,7 +447,8 @@ def as_measured(
     reflections = ([t.numpy() for t in data.batch(i).reflections[:3]] for i in parts)
     jobs = reflections, *map(repeat, (measurement, seed)), range(len(parts))
     if workers == 1: return sum(map(_measure, *jobs), [])
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool: return sum(pool.map(_measure, *jobs, chunksize=8), [])
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return sum(pool.map(_measure, *jobs, chunksize=8), [])
 
 
 def _measure(reflections: list[np.ndarray], measurement: str | Measurement, seed: int, step: int) -> list[Measured | None]:
