@@ -16,6 +16,7 @@ import xxact.materials as M
 from xxact import composition
 from xxact.composition import SPLITS, composition_hash, composition_key, split_of
 from xxact.materials import TARGETS, MaterialSet, read_table, table_metadata, table_schema, write_table
+from xxact.reproduce import load_table
 
 FORMULAS = ["NaCl", "MgO", "LiF", "BaTiO3", "Ca(OH)2", "Fe2O3", "Fe4O6", "SiO2", "CsCl", "Al2O3", "GaAs", "ZnS"]
 
@@ -271,3 +272,20 @@ def test_at_most_1_kb_a_material_on_real_rows(tmp_path):
     data = MaterialSet.open(tmp_path / "table.parquet")
     assert len(data) == 300 and data.nbytes / 300 < 1000 and "wbm" in data.metadata["licence"]
     assert data.target_names == tuple(TARGETS) and torch.isfinite(data.targets[:, data.target_names.index("formation_energy_per_atom")]).all()
+
+
+def test_other_reflections_keep_everything_else(tmp_path):
+    data = MaterialSet.from_table(load_table("prototypes:40", cache=tmp_path), ["volume_per_atom"])
+    index = torch.tensor([7, 3, 7, 0])
+    lines = [(np.array([3.0, 2.0]), np.array([1.0, 4.0])), (np.array([5.0]), np.array([2.0])), (np.array([4.0, 1.5]), np.array([1.0, 1.0]))] * 2
+    other, batch = data.with_reflections(index, lines[:4]), data.batch(index)
+    seen = other.batch(torch.arange(4))
+    for field in ("atomic_numbers", "fractions", "targets", "space_group", "composition"):
+        assert torch.equal(getattr(seen, field), getattr(batch, field))
+    assert other.material_ids == [data.material_ids[i] for i in index] and torch.equal(other.split, data.split[index])
+    for row, (d, y) in enumerate(lines[:4]):
+        mine = seen.reflections.row == row
+        np.testing.assert_allclose(seen.reflections.ln_d[mine].exp(), d, rtol=1e-4)
+        np.testing.assert_allclose(seen.reflections.intensity[mine], y / y.max(), atol=1e-4)
+    other.save(tmp_path / "other.safetensors")
+    assert MaterialSet.load(tmp_path / "other.safetensors").fingerprint() == other.fingerprint()

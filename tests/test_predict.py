@@ -26,6 +26,7 @@ from xxact.predict import (
     formula_of,
     make_index,
     make_predictor,
+    measured_set,
     probabilities,
     spread_of,
 )
@@ -266,3 +267,27 @@ def test_the_command_refuses_in_one_line(weights, arguments, reason, capsys):
     assert main([*arguments, *([] if "--weights" in arguments else ["--weights", weights])]) == 2
     said = capsys.readouterr()
     assert reason in said.err and len(said.err.strip().splitlines()) == 1 and not said.out
+
+
+def test_drawn_patterns_differ_by_seed_and_not_by_processes(data):
+    some = torch.arange(100)
+    one, again, many, other = (as_measured(data, some, seed=s, workers=w) for s, w in ((1, 1), (1, 1), (1, 2), (2, 1)))
+    same = lambda a, b: all((p is None) == (q is None) and (p is None or np.array_equal(p.d_spacing, q.d_spacing)) for p, q in zip(a, b))
+    assert same(one, again) and same(one, many) and not same(one, other)
+    drawn = measured_set(data, 2, seed=1)
+    counts = [len(data.indices(s)) for s in ("train", "val", "test")]
+    assert [len(drawn.indices(s)) for s in ("train", "val", "test")] == [2 * counts[0], *counts[1:]]
+    ids = drawn.material_ids
+    assert ids[: counts[0]] == ids[counts[0] : 2 * counts[0]]
+    first, second = (drawn.batch(torch.tensor([i])).reflections.ln_d for i in (0, counts[0]))
+    assert len(first) != len(second) or not torch.equal(first, second)
+
+
+def test_the_index_knows_elements_and_lines(predictor, table):
+    index = predictor.index
+    for row in range(0, len(table), 37):
+        numbers = parse_formula(table["formula"][row])[0]
+        held = index.holds([int(z) for z in numbers])
+        assert held[row] and all(set(parse_formula(index.formula[i])[0]) == set(numbers) for i in held.nonzero().squeeze(1).tolist())
+        d, y = index.lines(row)
+        assert len(d) and y.max() == 1 and np.abs(np.log(table["d_spacing"][row].to_numpy()[:, None] / d)).min(0).max() < 2e-3

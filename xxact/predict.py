@@ -249,7 +249,7 @@ class Index(NamedTuple):
 
 def make_index(
     df: "pl.DataFrame",  # material table
-    width: int = 96,  # of the kept embedding
+    width: int = 64,  # of the kept embedding
 ) -> Index:
     "Index the materials of a table by their calculated patterns."
     data = MaterialSet.from_table(df, [])
@@ -338,8 +338,9 @@ class Predictor:
         save_model(self.model, folder / "model.safetensors")
         flat = {f"{case}.{k}": v for case, fitted in self.cases.items() for k, v in fitted.items()}
         save_file(flat | dict(elements=self.elements), folder / "calibration.safetensors")
-        (folder / "card.json").write_text(json.dumps(self.card, indent=1, ensure_ascii=False))
+        (folder / "card.json").write_text(json.dumps(self.card, indent=1, ensure_ascii=False) + "\n")
         if self.index: self.index.save(folder / "index.safetensors")
+        for file in folder.glob("*.safetensors"): file.chmod(0o644)  # safetensors writes for its owner only
 
     def predict(
         self,
