@@ -128,7 +128,7 @@ def parameters(
 # %% ../nbs/12_reproduce.ipynb #163611fc
 ARMS = {"04_convergence": (("scratch",), ("mxm", "contrastive", "both")),  # what is compared, with what
         "05_data_scaling": (("composition", "xrd"), ("both", "both-same", "both-all"))}
-OPTIONS = dict(size=tuple(SIZES), tokeniser=tuple(TOKENISERS), fusion=FUSIONS, augment=("auto", *AUGMENTATIONS), schedule=("cosine", "constant"))
+OPTIONS = dict(size=tuple(SIZES), tokeniser=tuple(TOKENISERS), fusion=FUSIONS, augment=("auto", *AUGMENTATIONS), schedule=("cosine", "constant"), compile=("auto", "on", "off"))
 MODELS = ("composition", "xrd", "both", "concat", *(f"{m}-pretrained" for m in ("composition", "xrd", "both", "concat")))
 
 
@@ -390,13 +390,14 @@ def pretrain(
     min_steps: int = 0,  # more epochs where they would be fewer steps
     seed: int = 0,
     device: str = "auto",
+    compile: str = "auto",  # on, off; auto: on a GPU
     rows: Path | None = None,  # a table of finished runs, which need not be trained again as long as nobody asks for their weights
 ) -> Run:  # results hold mxm_ratio_zero, mxm_ratio_mean, mxm_ratio_nearest, and retrieval in both directions, on the validation split
     "Pretrain on the training side of a set, or find the run that did."
     params = dict(size=size, tokeniser=tokeniser, fusion=fusion, mxm_weight=mxm_weight, contrastive_weight=contrastive_weight,
                   mask_share=mask_share, epochs=epochs, batch_size=batch_size, lr=lr, materials=materials, min_steps=min_steps, seed=seed)
     run = Run(folder, params, data.fingerprint(), rows)
-    run.repeat = lambda: pretrain(data, folder, **params, device=device)
+    run.repeat = lambda: pretrain(data, folder, **params, device=device, compile=compile)
     if run.results: return run
     index, held_out = _first(data, "train", materials), data.indices("val")
     with run.lock():
@@ -406,7 +407,7 @@ def pretrain(
         objective = Pretraining(XxaCT(size, fusion=fusion, tokeniser=tokeniser), trivial.mean_error, mxm_weight, contrastive_weight, mask_share)
         run.start()
         train(objective, data, index, run.folder, epochs=enough_epochs(epochs, len(index), batch_size, min_steps), batch_size=batch_size, lr=lr,
-              seed=seed, device=device, description=f"pretrain {run.id}")
+              seed=seed, device=device, compile=compile, description=f"pretrain {run.id}")
         save_model(objective.model, run.folder / "model.safetensors")
         rest = {k: v.cpu().contiguous() for k, v in objective.state_dict().items() if not k.startswith("model.")}
         save_file(rest, run.folder / "heads.safetensors")
@@ -496,6 +497,7 @@ def finetune(
     best: bool = False,  # keep the weights that were best on the validation split, not the last
     seed: int = 0,
     device: str = "auto",
+    compile: str = "auto",  # on, off; auto: on a GPU
     rows: Path | None = None,  # a table of finished runs that need not be trained again
 ) -> Run:  # results hold the scores on the test split, and on validation with the prefix val/; `curve` those on the way
     "Train on the labels of a set's training side, or find the run that did."
@@ -516,7 +518,7 @@ def finetune(
         run.start()
         epochs = enough_epochs(epochs, len(index), batch_size, min_steps)
         train(Supervised(model, symmetry_weight, modality_dropout, augment), data, index, run.folder, epochs=epochs, batch_size=batch_size, lr=lr,
-              weight_decay=weight_decay, schedule=schedule, seed=seed, device=device, description=f"{modalities} {run.id}",
+              weight_decay=weight_decay, schedule=schedule, seed=seed, device=device, compile=compile, description=f"{modalities} {run.id}",
               evaluate=lambda: _validation(model, data, watched), held_out=watched if best else None,
               eval_every=max(1, epochs * (len(index) // batch_size) // evaluations) if evaluations else 0)
         model.cpu()
