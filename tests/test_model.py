@@ -89,6 +89,15 @@ def test_weights(tmp_path, data):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "m.safetensors").read_bytes()[:5000])
     for bad in ("cut.safetensors", "none.safetensors"):
         with pytest.raises(ValueError, match="holds no xxact weights"): load_model(tmp_path / bad)
+    model.config["size"] = "small"  # not what the weights are
+    save_model(model, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors: weights of another size") as caught: load_model(tmp_path / "other.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("formula", ["Na.0Cl", "Na 0 Cl", "Na1e-9Cl", "Na0.000000001Cl", "Na1Cl1Na-1", "[NaCl]0O2", "(H2O) 0 NaCl", "[H2O]0OH"])
+def test_no_element_of_a_formula_is_lost(formula):
+    with pytest.raises(ValueError, match="positive"): formula_amounts(formula)
 
 
 @pytest.mark.parametrize("tokeniser", ["peaks", "patches"])

@@ -346,6 +346,9 @@ def test_processes_give_the_same_table_in_the_same_order(tmp_path):
     ("  Cl  Cl1", "  Va  Cl1", "unknown element: 'Va'"),
     ("  Cl  Cl1", "  Uuo  Cl1", "unknown element: 'Uuo'"),
     ("  Cl  Cl1  0.5  0.5  0.5  1\n", "", "atoms differ from the stated formula"),
+    ("0.5  0.5  0.5  1", "0.5  0.5  0.5  x", "occupancy is no number: 'x'"),
+    ("'x, y, z'", "'x, y, q'", "symmetry operation 'x, y, q' is none"),
+    ("'x, y, z'", "'x, y'", "symmetry operation 'x, y' is none"),
 ])
 def test_what_the_cif_parser_would_pass_over_is_refused(old, new, reason):
     cif = CIF.replace("_cell_length_a", "_chemical_formula_sum 'Cs1 Cl1'\n_cell_length_a")
@@ -353,6 +356,14 @@ def test_what_the_cif_parser_would_pass_over_is_refused(old, new, reason):
     with pytest.raises(ValueError, match=reason): S.parse_cif(cif.replace(old, new))
     for good in (cif, cif.replace("0.5  1\n", "0.5  1.0(1)\n"), cif.replace("  Cl  Cl1", "  Cl1-  Cl1").replace("  Cs  Cs0", "  Cs+  Cs0")):
         assert S.parse_cif(good)[2].tolist() == [55, 17]
+
+
+def test_a_missing_atom_of_an_element_is_refused():
+    atom = "  Cs  Cs0  0.0  0.0  0.0  1\n"
+    cif = CIF.replace("_cell_length_a", "_chemical_formula_sum Cs2\n_cell_formula_units_Z 2\n_cell_length_a", 1).replace("  Cl  Cl1", "  Cs  Cs1")
+    assert atom in cif and S.parse_cif(cif)[2].tolist() == [55, 55]
+    with pytest.raises(ValueError, match="atoms differ from the stated formula: 1 in the cell, but 'Cs2' and 2"): S.parse_cif(cif.replace(atom, ""))
+    assert S.parse_cif(CIF.replace("  Cs  Cs0", "  Cs1+  Cs0"))[2].tolist() == [55, 17]  # without a formula there is nothing to compare
 
 
 def test_a_damaged_parquet_file_is_one_line(tmp_path):

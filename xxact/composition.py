@@ -51,13 +51,16 @@ def formula_amounts(formula: str) -> dict[str, float]:  # element symbol -> amou
     from pymatgen.core import Composition
 
     if re.search("[DT](?![a-z])", str(formula)): raise ValueError(f"{formula!r}: deuterium and tritium are no elements of their own; write H")
-    if re.search(r"[A-Za-z)]0+(\.0*)?(?![\d.])", str(formula)): raise ValueError(f"{formula!r}: an amount of 0; amounts must be positive")
+    if re.search(r"[A-Za-z)\]}]\s*(0+(\.0*)?|\.0+)(?![\d.])|-\s*[\d.]", str(formula)):
+        raise ValueError(f"{formula!r}: an amount that is not positive; write it like 'Na0.5Cl0.5'")
     try: amounts = {str(k): float(v) for k, v in Composition(formula, strict=True).items()}
     except (ValueError, TypeError) as e:
         unknown = [s for s in re.findall("[A-Z][a-z]?", str(formula)) if s not in ATOMIC_NUMBER]
         why = f"unknown element {unknown[0]!r}" if unknown else "no chemical formula"
         raise ValueError(f"{formula!r}: {why}; write element symbols and amounts, like 'BaTiO3' or 'Ca(OH)2'") from e
     if not amounts: raise ValueError(f"{formula!r}: no chemical formula with positive amounts; write it like 'BaTiO3'")
+    if lost := sorted(set(re.findall("[A-Z][a-z]?", str(formula))) & set(ATOMIC_NUMBER) - set(amounts)):
+        raise ValueError(f"{formula!r}: the amount of {lost[0]} is too small to count; amounts must be positive")
     _check(amounts, formula)
     return amounts
 

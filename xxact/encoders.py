@@ -161,10 +161,10 @@ class PeakTokens(nn.Module):
         self,
         r: Reflections,
         visible: Tensor | None = None,  # hidden reflections are gone already
-        limits: Tensor | None = None,  # (n, 2) ln q where each measurement begins and ends; None: everything is seen
+        limits: Tensor | None = None,  # (n, 2) ln q where each measurement begins and ends, best on the CPU; None: everything is seen
     ) -> Peaks:
         "The peaks of lowest angle."
-        return peaks(r, self.n_peaks, limits=limits)
+        return peaks(r, self.n_peaks, limits=None if limits is None else upload(limits, r.ln_d.device))
 
     def forward(self, p: Peaks) -> Tokens:
         "Tokens of a list of peaks."
@@ -202,7 +202,7 @@ class PatchTokens(nn.Module):
     ) -> Patches:
         "The patches, cut from the drawn pattern."
         if limits is not None:
-            begin, ln_q, ends = LN_Q[0] + WINDOW * torch.arange(N_WINDOWS), math.log(2 * math.pi) - r.ln_d, limits.to(r.ln_d.device)[r.row]
+            begin, ln_q, ends = LN_Q[0] + WINDOW * torch.arange(N_WINDOWS), math.log(2 * math.pi) - r.ln_d, upload(limits, r.ln_d.device)[r.row]
             r = r._replace(intensity=r.intensity * ((ln_q >= ends[:, 0]) & (ln_q <= ends[:, 1])))
             low, high = limits.cpu().T[..., None]
             visible = (begin >= low - 1e-6) & (begin + WINDOW <= high + 1e-6) & (True if visible is None else visible.cpu())

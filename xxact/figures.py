@@ -298,7 +298,8 @@ def plot_scaling(
         if measure in floors: ax.axhline(floors[measure], color="0.5", ls="--", lw=0.8, label="composition floor")
         ax.set(xscale="log", yscale="log", xlabel="training materials"); ax.set_title(label, fontsize=7); _plain_numbers(ax)
         ax.set_xticks(sizes, [f"{n:,}" for n in sizes], fontsize=5, rotation=30); ax.set_xticks([], minor=True)
-    axes[0, 0].set_ylabel("error on the test split"); axes[0, 0].legend(fontsize=5)
+    axes[0, 0].set_ylabel("error on the test split")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(arms) + 1, fontsize=6)
     return fig, points
 
 

@@ -197,8 +197,11 @@ def _read_weights(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
 def load_model(path: str | Path) -> XxaCT:
     "The model in a weights file. Raises `ValueError` where it is none."
     config, weights = _read_weights(path)
-    model = XxaCT(**config)
-    model.load_state_dict(weights)
+    try:
+        model = XxaCT(**config)
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"{path}: weights of another size or version than the file says; use it as it was saved") from e
     return model.eval()
 
 

@@ -128,7 +128,8 @@ def parameters(
 # %% ../nbs/12_reproduce.ipynb #163611fc
 ARMS = {"04_convergence": (("scratch",), ("mxm", "contrastive", "both")),  # what is compared, with what
         "05_data_scaling": (("composition", "xrd"), ("both", "both-same", "both-all"))}
-OPTIONS = dict(size=tuple(SIZES), tokeniser=tuple(TOKENISERS), fusion=FUSIONS, augment=("auto", *AUGMENTATIONS), schedule=("cosine", "constant"), compile=("auto", "on", "off"))
+OPTIONS = dict(size=tuple(SIZES), tokeniser=tuple(TOKENISERS), fusion=FUSIONS, augment=("auto", *AUGMENTATIONS), schedule=("cosine", "constant"),
+               compile=("auto", "on", "off"))
 MODELS = ("composition", "xrd", "both", "concat", *(f"{m}-pretrained" for m in ("composition", "xrd", "both", "concat")))
 
 
@@ -198,7 +199,7 @@ def load_table(
     try: df = read_table(path)
     except ValueError as e: raise ValueError(f"{e}; a table in data/ can be deleted and is made again") from e
     if source:
-        wanted = split_list(source)
+        if not (wanted := split_list(source)): raise ValueError(f"source={source!r} names no source; it has {', '.join(sorted(set(df['source'])))}")
         if missing := set(wanted) - set(df["source"]):
             raise ValueError(f"{dataset} has no source {', '.join(sorted(missing))}; it has {', '.join(sorted(set(df['source'])))}")
         df = df.filter(pl.col("source").is_in(wanted))

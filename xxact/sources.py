@@ -312,6 +312,7 @@ def parse_cif(
     text: str,  # the contents of a CIF file, with one structure
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:  # lattice Å, coordinates, atomic numbers, occupancies if any is not 1
     """Read the structure in a CIF text as plain arrays."""
+    from pymatgen.core import Composition
     from pymatgen.io.cif import CifParser
 
     with warnings.catch_warnings():
@@ -331,6 +332,13 @@ def parse_cif(
             raise ValueError(f"cell length not positive: {wrong[0]} is {numbers[wrong[0]]:g} Å")
         if wrong := [o for o in block.get("_atom_site_occupancy", []) if o == "." or re.fullmatch(r"-.*|[0.]+(\(\d+\))?", str(o))]:
             raise ValueError(f"occupancy not positive: with {wrong[0]!r} the parser would leave the atom out")
+        if wrong := [o for o in block.get("_atom_site_occupancy", []) if not re.fullmatch(r"\+?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(\(\d+\))?", str(o))]:
+            raise ValueError(f"occupancy is no number: {wrong[0]!r}, which the parser would read as 1")
+        for key in ("_symmetry_equiv_pos_as_xyz", "_space_group_symop_operation_xyz"):
+            operations = block.get(key) or []
+            for operation in [operations] if isinstance(operations, str) else operations:
+                if not re.fullmatch(r"([-+\d/. ]*[xyz][-+xyz\d/. ]*(,|$)){3}", operation.strip(" '\"").lower()):
+                    raise ValueError(f"symmetry operation {operation!r} is none; write it like 'x, -y, z+1/2'")
         if "." in [x for axis in "xyz" for x in block.get(f"_atom_site_fract_{axis}", [])]:
             raise ValueError("coordinate missing: the parser would read '.' as 0")
         symbols = block.get("_atom_site_type_symbol") or block.get("_atom_site_label", [])
@@ -339,10 +347,13 @@ def parse_cif(
         for symbol in block.get("_atom_site_type_symbol", []):  # of others, the parser takes a part, or nothing
             if not (found := re.fullmatch(r"([A-Z][a-z]?)\d*[+-]?\d*", symbol)) or found[1] not in ATOMIC_NUMBER:
                 raise ValueError(f"unknown element: {symbol!r} is not an element symbol")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if amiss := parser.check(structures[0]):  # against the formula that the file states
-            raise ValueError(f"atoms differ from the stated formula: {amiss}")
+        if (stated := str(block.get("_chemical_formula_sum") or "?").strip()) not in ("?", "."):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if amiss := parser.check(structures[0]): raise ValueError(f"atoms differ from the stated formula: {amiss}")
+            units, n, atoms = str(block.get("_cell_formula_units_Z", "")), Composition(stated).num_atoms, structures[0].composition.num_atoms
+            if units.isdecimal() and int(units) and all(abs(atoms / (n * k) - 1) > 0.02 for k in (1, int(units))):  # 1: of the whole cell
+                raise ValueError(f"atoms differ from the stated formula: {atoms:g} in the cell, but {stated!r} and {units} formula units")
     species = [(site.frac_coords, kind.symbol, occupancy) for site in structures[0] for kind, occupancy in site.species.items()]
     coordinates = np.array([place for place, *_ in species], float).reshape(-1, 3)
     numbers = np.array([symbol_to_number(symbol) for _, symbol, _ in species], int)

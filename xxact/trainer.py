@@ -111,7 +111,6 @@ class Supervised(nn.Module):
         if share:
             batch, keep = share.of(batch), None if keep is None else keep[share.materials]
             limits = None if limits is None else limits[share.materials]
-        if limits is not None: limits = upload(limits, batch.composition.device)
         return Prepared(batch._replace(reflections=self.model.see(batch.reflections, limits=limits)), keep)
 
     def compute(self, p: Prepared) -> Output:
@@ -271,7 +270,7 @@ def pick_precision(
     "Settle the precision of matrix products."
     choose("precision", precision, ("auto", "fp32", "bf16"))
     if precision != "auto": return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def compile_objective(
@@ -547,6 +546,7 @@ def train(
     best = Best(**rest.get("best", {}))
     if rank == 0:
         log = Log(folder / "log.jsonl", start)
+        for left in folder.glob(f".{state.path.name}.*"): left.unlink()  # of a process that was killed while it saved
         if not start: state.save(0)
     chosen = lambda step: batch_indices(index, batch_size, seed, step)
     feed = Feed(data, chosen, where, on_device)
