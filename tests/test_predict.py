@@ -9,7 +9,7 @@ import torch
 
 from xxact.composition import SYMBOLS, composition_key, parse_formula, split_of
 from xxact.diffraction import LN_Q
-from xxact.fusion import XxaCT
+from xxact.fusion import XxaCT, save_model
 from xxact.materials import CRYSTAL_SYSTEMS, MaterialSet
 from xxact.patterns import Measured, as_pattern
 from xxact.predict import (
@@ -155,6 +155,8 @@ def test_search_says_what_it_lacks(predictor, tmp_path):
         predictor.search((X, Y), elements=["Xe"], wavelength="CuKa")
     with pytest.raises(ValueError, match="none of the 5\\d\\d known materials has the composition NaCl9"):
         predictor.search((X, Y), formula="NaCl9", wavelength="CuKa")
+    with pytest.raises(ValueError, match="top=0 must be at least 1"):
+        predictor.search((X, Y), top=0, wavelength="CuKa")
     with pytest.raises(ValueError, match="there is no element 'Q'"):
         predictor.search((X, Y), elements=["Q"], wavelength="CuKa")
     bare = Predictor(predictor.model, predictor.cases, predictor.elements)
@@ -179,6 +181,19 @@ def test_a_folder_keeps_everything(predictor, tmp_path):
             Predictor.load(tmp_path / "a")
     with pytest.raises(ValueError, match="holds no predictor"):
         Predictor.load(tmp_path)
+
+
+def test_a_model_of_another_size_is_no_part_of_a_predictor(predictor, tmp_path):
+    predictor.save(tmp_path)
+    save_model(XxaCT("small", targets=predictor.model.config["targets"]), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="belongs to another model"):
+        Predictor.load(tmp_path)
+
+
+def test_a_file_without_peaks_is_named(predictor, tmp_path):
+    np.savetxt(tmp_path / "flat.xy", np.c_[X, 0 * X + 7])
+    with pytest.raises(ValueError, match="flat.xy: no peak"):
+        predictor.predict(None, tmp_path / "flat.xy", "CuKa")
 
 
 def test_unknown_elements_are_out_of_the_domain(predictor, data, table):

@@ -346,7 +346,7 @@ def test_processes_give_the_same_table_in_the_same_order(tmp_path):
     ("  Cl  Cl1", "  Va  Cl1", "unknown element: 'Va'"),
     ("  Cl  Cl1", "  Uuo  Cl1", "unknown element: 'Uuo'"),
     ("  Cl  Cl1  0.5  0.5  0.5  1\n", "", "atoms differ from the stated formula"),
-    ("0.5  0.5  0.5  1", "0.5  0.5  0.5  x", "occupancy is no number: 'x'"),
+    ("0.5  0.5  0.5  1", "0.5  0.5  0.5  x", "occupancy not positive: of 'x'"),
     ("'x, y, z'", "'x, y, q'", "symmetry operation 'x, y, q' is none"),
     ("'x, y, z'", "'x, y'", "symmetry operation 'x, y' is none"),
 ])

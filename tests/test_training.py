@@ -42,6 +42,12 @@ def objective(task, data, **options):
     return Supervised(model, modality_dropout=0.1)
 
 
+def test_what_a_kill_left_is_cleared(data_file, tmp_path):
+    (tmp_path / ".state.pt.123").write_bytes(b"half")
+    trained("finetune", MaterialSet.load(data_file), tmp_path)
+    assert not list(tmp_path.glob(".state.pt.*"))
+
+
 def trained(task, data, folder, **options):
     "Weights and losses of a short run."
     it = objective(task, data)
@@ -369,6 +375,19 @@ class NoQuestions(TorchDispatchMode):
         if mask or function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select):
             raise AssertionError(f"{function} waits for the device")
         return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("augment", ["lab", "measured"])
+@pytest.mark.parametrize("tokeniser", ["peaks", "patches"])
+def test_nothing_is_asked_of_a_device_without_values(tokeniser, augment, data_file, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # so that padding is computed, as on a GPU
+    monkeypatch.setattr("xxact.diffraction._on", lambda generator, device: generator if device.type == "cpu" else None)  # it has no generators
+    data, device = MaterialSet.load(data_file), torch.device("meta")
+    it = objective("finetune", data, tokeniser=tokeniser).to(device)
+    it.augment = augment
+    loss = it(it.prepare(data.batch(torch.arange(16)).to(device), draws(0, 0)))["loss"]
+    loss.backward()
+    assert loss.is_meta
 
 
 @contextlib.contextmanager

@@ -192,6 +192,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'xxact.fusion.XxaCT.in_units': ('fusion.html#xxact.in_units', 'xxact/fusion.py'),
                               'xxact.fusion.XxaCT.see': ('fusion.html#xxact.see', 'xxact/fusion.py'),
                               'xxact.fusion.XxaCT.standardise': ('fusion.html#xxact.standardise', 'xxact/fusion.py'),
+                              'xxact.fusion._fitting': ('fusion.html#_fitting', 'xxact/fusion.py'),
                               'xxact.fusion._read_weights': ('fusion.html#_read_weights', 'xxact/fusion.py'),
                               'xxact.fusion.choose': ('fusion.html#choose', 'xxact/fusion.py'),
                               'xxact.fusion.drop_modalities': ('fusion.html#drop_modalities', 'xxact/fusion.py'),

@@ -9,7 +9,8 @@ __all__ = ['SIZES', 'MODALITIES', 'FUSIONS', 'LOG_TARGETS', 'Size', 'choose', 'C
 # %% ../nbs/06_fusion.ipynb #61b12ed1
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,12 +198,17 @@ def _read_weights(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
 def load_model(path: str | Path) -> XxaCT:
     "The model in a weights file. Raises `ValueError` where it is none."
     config, weights = _read_weights(path)
-    try:
+    with _fitting(path):
         model = XxaCT(**config)
         model.load_state_dict(weights)
+    return model.eval()
+
+
+@contextmanager
+def _fitting(path: str | Path) -> Iterator[None]:
+    try: yield
     except (RuntimeError, TypeError) as e:
         raise ValueError(f"{path}: weights of another size or version than the file says; use it as it was saved") from e
-    return model.eval()
 
 
 def start_from(model: XxaCT, path: str | Path) -> list[str]:  # names of the parts taken over
@@ -212,5 +218,6 @@ def start_from(model: XxaCT, path: str | Path) -> list[str]:  # names of the par
         if config[key] != model.config[key]:
             raise ValueError(f"{path} has {key}={config[key]}, the model {key}={model.config[key]}; they must be equal")
     parts = [p for p in ("composition", "xrd", "fusion") if hasattr(model, p) and any(k.startswith(p + ".") for k in weights)]
-    for part in parts: getattr(model, part).load_state_dict({k[len(part) + 1 :]: v for k, v in weights.items() if k.startswith(part + ".")})
+    with _fitting(path):
+        for part in parts: getattr(model, part).load_state_dict({k[len(part) + 1 :]: v for k, v in weights.items() if k.startswith(part + ".")})
     return parts

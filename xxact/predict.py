@@ -27,7 +27,7 @@ from torch import Tensor
 from .composition import SYMBOLS, composition_key, formula_amounts, parse_formula
 from .diffraction import LN_Q, Measurement, Peaks, Reflections, batch_reflections, draw, peaks, render
 from .evaluate import calibration_error
-from .fusion import LOG_TARGETS, XxaCT, load_model, save_model
+from .fusion import LOG_TARGETS, SIZES, XxaCT, load_model, save_model
 from .materials import CRYSTAL_SYSTEMS, Batch, MaterialSet, crystal_system
 from .patterns import Measured, Pattern, as_pattern, read_pattern, to_reflections
 from .trainer import draws
@@ -76,7 +76,10 @@ def as_inputs(
 
 def _as_measured(p: PatternLike, wavelength: float | str | None) -> Measured:
     if isinstance(p, Measured): return p
-    if isinstance(p, str | Path): p = read_pattern(p, wavelength)
+    if isinstance(p, str | Path):
+        scan = read_pattern(p, wavelength)
+        try: return to_reflections(scan)
+        except ValueError as e: raise ValueError(f"{p}: {e}") from e
     return to_reflections(p if isinstance(p, Pattern) else as_pattern(*p, wavelength))
 
 
@@ -329,7 +332,11 @@ class Predictor:
             case, _, field = name.partition(".")
             if field: cases.setdefault(case, {})[field] = tensor
         index = Index.load(folder / "index.safetensors") if (folder / "index.safetensors").exists() else None
-        return cls(load_model(folder / "model.safetensors"), cases, flat["elements"], index, card)
+        model = load_model(folder / "model.safetensors")
+        fits = [c.get("head", torch.empty(0)).shape == (2 * SIZES[model.config["size"]].width + 1, len(model.target_mean)) for c in cases.values()]
+        if not (fits and all(fits) and "elements" in flat):
+            raise ValueError(f"{folder} holds no complete predictor: calibration.safetensors belongs to another model than model.safetensors")
+        return cls(model, cases, flat["elements"], index, card)
 
     def save(self, path: str | Path) -> None:
         "Write a folder of safetensors and JSON."
@@ -407,6 +414,7 @@ class Predictor:
     ) -> "pl.DataFrame":  # material_id, formula, space_group, match of the peaks, similarity of the embeddings; best first
         "Known materials whose pattern is most like a measured one. Raises `ValueError` where no material passes the filter."
         import polars as pl
+        if top < 1: raise ValueError(f"top={top} must be at least 1")
         index = self.index if candidates is None else candidates if isinstance(candidates, Index) else make_index(candidates)
         if index is None: raise ValueError("this predictor has no index of materials; give candidates=a material table")
         [one] = as_inputs(None, pattern, wavelength)

@@ -313,7 +313,9 @@ def _write(path: Path, text: str) -> None:
 
 def provenance() -> dict[str, str]:
     "Hardware, versions and commit."
-    try: commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    ask = lambda *question: subprocess.run(["git", *question], capture_output=True, text=True).stdout.strip()
+    code = (":/xxact", ":/nbs", ":/settings.ini")  # figures are written by the runs themselves
+    try: commit = ask("describe", "--always") + ("-dirty" if ask("status", "--porcelain", "--", *code) else "")
     except OSError: commit = ""  # no git
     processor = f"{torch.get_num_threads()} thread(s) on {os.cpu_count()} × {_processor()}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor

@@ -331,10 +331,9 @@ def parse_cif(
         numbers = {k: float(str(v).split("(")[0]) for k in CELL_LENGTHS if (v := block.get(k)) is not None}
         if wrong := [k for k, v in numbers.items() if v <= 0]:
             raise ValueError(f"cell length not positive: {wrong[0]} is {numbers[wrong[0]]:g} Å")
-        if wrong := [o for o in block.get("_atom_site_occupancy", []) if o == "." or re.fullmatch(r"-.*|[0.]+(\(\d+\))?", str(o))]:
-            raise ValueError(f"occupancy not positive: with {wrong[0]!r} the parser would leave the atom out")
-        if wrong := [o for o in block.get("_atom_site_occupancy", []) if not re.fullmatch(r"\+?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(\(\d+\))?", str(o))]:
-            raise ValueError(f"occupancy is no number: {wrong[0]!r}, which the parser would read as 1")
+        positive = lambda o: re.fullmatch(r"\+?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(\(\d+\))?", o) and float(o.split("(")[0]) > 0
+        if wrong := [o for o in map(str, block.get("_atom_site_occupancy", [])) if not positive(o)]:
+            raise ValueError(f"occupancy not positive: of {wrong[0]!r} the parser would make 1, or leave the atom out")
         for key in ("_symmetry_equiv_pos_as_xyz", "_space_group_symop_operation_xyz"):
             operations = block.get(key) or []
             for operation in [operations] if isinstance(operations, str) else operations:
