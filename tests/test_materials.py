@@ -164,6 +164,14 @@ def test_a_value_out_of_range_is_named(column, bad):
     refused(lambda: MaterialSet.from_table(table), f"m7-é: {column} must be within .* not {'nan' if bad is None else f'{bad:g}'}")
 
 
+@pytest.mark.parametrize("column, bad, why", [
+    ("fractions", [0.0] + [1.0] * 98, "fractions must be positive"), ("fractions", [0.3] * 99, "fractions must sum to 1"),
+    ("space_group", 231, "space_group must be a number from 1 to 230")])
+def test_compositions_and_groups_that_cannot_be(column, bad, why):
+    value = bad[: len(TABLE["atomic_numbers"][7])] if isinstance(bad, list) else bad
+    refused(lambda: MaterialSet.from_table(replaced(column, value)), f"m7-é: {why}")
+
+
 @pytest.mark.parametrize("bad", [None, "two\nlines"])
 def test_identifiers(bad): refused(lambda: MaterialSet.from_table(replaced("material_id", bad)), "material_id must be a line of text, not")
 

@@ -4,6 +4,8 @@ import io
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import tracemalloc
 import warnings
 import zipfile
@@ -298,6 +300,29 @@ def test_bombs_stay_small(tmp_path):
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("name, text", {
+    "a.ras": "*RAS_DATA_START\n" + "*RAS_INT_START\n" * 500_000, "b.ras": "*RAS_DATA_START\n" + "*RAS_INT_START\n" + "\n" * 5_000_000,
+    "a.xrdml": "<xrd>" + "<scan>" * 900_000, "b.xrdml": "<x>" + "<scan><positions axis='2Theta'/>" * 200_000,
+    "a.xy": "1 2 " * 20_000 + "\n" + ("7 " * 40_000 + "\n") * 600, "a.cif": "data_x\nloop_\n_pd_meas_counts_total\n" + "1 " * 4_000_000,
+}.items(), ids=lambda v: v if len(v) < 9 else "")
+def test_what_is_made_to_be_slow_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    code = """import sys, resource; from xxact.patterns import read_pattern; import pymatgen.io.cif
+memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = memory()
+try: read_pattern(sys.argv[1])
+except ValueError as e: print(e)
+print((memory() - before) / 1024)"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, text=True, timeout=120)
+    said, megabytes = done.stdout.splitlines()
+    assert name in said and float(megabytes) < 500, done
+
+
+def test_names_in_an_archive_are_short(tmp_path):
+    (tmp_path / "a.rasx").write_bytes(zipped({"1/" * 30_000 + "Profile0.txt": "1 2\n", "Data0/Profile" + "9" * 60_000 + ".txt": "1 2\n"}))
+    with pytest.raises(ValueError, match="a.rasx: no Profile in the archive"): read_pattern(tmp_path / "a.rasx")
+
+
 @pytest.mark.slow
 def test_ten_million_points_are_read(tmp_path):
     path = tmp_path / "long.xy"
@@ -412,6 +437,15 @@ def test_tubes_are_known_by_their_wavelength():
     assert abs(tube_lines(p)[0] - 1.54056) < 1e-4 and tube_lines(p)[1] == 2.486e-3
     assert tube_lines(p._replace(wavelength=1.54056)) == (1.54056, 0) and tube_lines(p._replace(wavelength=0.4)) == (0.4, 0)
     assert abs(tube_lines(p._replace(wavelength=0.7093, metadata=dict(kalpha2=0.71359)))[1] - 6.05e-3) < 1e-4
+    assert tube_lines(p._replace(wavelength=1.5406), True) == (1.5406, 2.486e-3)
+    with pytest.raises(ValueError, match="no tube has a Kα1 of 0.4 Å"): to_reflections(p._replace(wavelength=0.4), strip_kalpha2=True)
+
+
+def test_kalpha2_is_stripped_where_only_kalpha1_is_named():
+    p, *_ = scan(kalpha2=0.5)
+    named, bare = to_reflections(p), p._replace(metadata={})
+    stripped, kept = to_reflections(bare, strip_kalpha2=True), to_reflections(bare)
+    assert len(stripped.d_spacing) == len(named.d_spacing) < len(kept.d_spacing)
 
 
 def test_a_long_scan_is_averaged_and_a_short_one_is_not():
@@ -431,10 +465,10 @@ def test_files_of_any_format_become_columns(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["convert", *(str(tmp_path / n) for n in names), "--out", str(out)]) == 2
     said = capsys.readouterr()
-    assert said.out.split() == [str(out / n) for n in ("a.xy", "q.xy")]
-    assert said.err.count("a.xy exists already") == 2 and "bad.xy: no two columns" in said.err
-    assert said.err.strip().splitlines()[-1] == "xxact: 3 of 5 files failed"
-    p = read_pattern(out / "a.xy")
+    assert said.out.split() == [str(out / n) for n in ("a.xrdml.xy", "a.brml.xy", "q.xy", "a.xy.xy")]  # of one stem, so by their whole names
+    assert "bad.xy: no two columns" in said.err and said.err.strip().splitlines()[-1] == "xxact: 1 of 5 files failed"
+    assert main(["convert", str(tmp_path / "q.csv"), "--out", str(out)]) == 2 and "q.xy exists already" in capsys.readouterr().err
+    p = read_pattern(out / "a.xrdml.xy")
     np.testing.assert_allclose(p.two_theta, X, atol=1e-6), np.testing.assert_array_equal(p.intensity, Y)
     assert (p.wavelength, p.metadata["kalpha2"]) == (1.5406, 1.54439)
     assert main(["convert", str(tmp_path / "q.csv"), "--wavelength", "1.5406", "--out", str(tmp_path / "other")]) == 0
@@ -484,7 +518,7 @@ def test_what_people_export_is_read(tmp_path, text):
     ("Wavelength (nm) = 0.154056", 1.54056, None), ("wavelength: 0.4 A", 0.4, None), ("K-Alpha1 wavelength,1.78901", 1.78901, None),
     ("WAVE_LENGTH = 0.71073", 0.71073, None), ("K-Alpha2 wavelength 1.54439\n# K-Alpha1 wavelength 1.54056", 1.54056, 1.54439),
     ("wavelength 1.54056 1.54439", 1.54056, 1.54439), ("Anode material,Co", 1.79026, None), ("lambda = 1.5406e-10 m", 1.5406, None),
-    ("wavelength_range: 0.50 - 2.00", 1.54184, None), ("Radiation: Mo Ka", 0.71073, None),
+    ("λ = 0.7093 Å", 0.7093, None), ("wavelength_range: 0.50 - 2.00", 1.54184, None), ("Radiation: Mo Ka", 0.71073, None),
 ])  # fmt: skip
 def test_the_header_says_the_wavelength(tmp_path, line, wavelength, kalpha2):
     path = tmp_path / "a.xy"

@@ -11,7 +11,7 @@ from xxact.composition import SYMBOLS, composition_key, parse_formula, split_of
 from xxact.diffraction import LN_Q
 from xxact.fusion import XxaCT, save_model
 from xxact.materials import CRYSTAL_SYSTEMS, MaterialSet
-from xxact.patterns import Measured, as_pattern
+from xxact.patterns import Measured, Pattern, as_pattern
 from xxact.predict import (
     CASES,
     SYSTEM_OF_GROUP,
@@ -27,6 +27,8 @@ from xxact.predict import (
     make_index,
     make_predictor,
     measured_set,
+    mix,
+    of_systems,
     probabilities,
     spread_of,
 )
@@ -51,16 +53,14 @@ def predictor(data, table):
     torch.manual_seed(0)
     model = XxaCT("nano", targets=data.target_names)
     model.fit_scale(data.targets[data.indices("train")])
-    p = make_predictor(model.eval(), data)
-    p.index = make_index(table)
-    return p
+    return make_predictor(model.eval(), data, make_index(table))
 
 
 def test_one_or_many_of_any_kind(predictor, tmp_path):
     np.savetxt(tmp_path / "a.xy", np.c_[X, Y])
     pattern = as_pattern(X, Y, "CuKa")
     columns = ["formula", "volume_per_atom", "volume_per_atom_std", "lattice_energy_per_atom", "lattice_energy_per_atom_std", "crystal_system",
-               "crystal_system_p", "space_group", "space_group_p", "in_domain"]  # fmt: skip
+               "crystal_system_p", "space_group", "space_group_p", "in_domain", "nearest", "nearest_match"]  # fmt: skip
     one = predictor.predict("TiO2", tmp_path / "a.xy", "CuKa")
     assert one.columns == columns and one.height == 1
     many = predictor.predict(["TiO2", None, "TiO2", "TiO2", "Ti0.5O"], [pattern, (X, Y), None, str(tmp_path / "a.xy"), (list(X), list(Y))], "CuKa")
@@ -81,6 +81,10 @@ def test_one_or_many_of_any_kind(predictor, tmp_path):
     (["NaCl"], [(X, Y)] * 2, "1 formulas and 2 patterns"), (["NaCl", None], None, "input 1: neither a formula nor a pattern"),
     (None, (X, Y[:9]), "two columns of one length"), (None, (X, 0 * Y), "no peak"), (None, "nowhere.xy", "nowhere.xy: no such file"),
     (["NaCl", "KCl"], [(X, Y), "nowhere.xy"], "input 1: nowhere.xy: no such file"),
+    (3, None, "formula=3 is none"), (["NaCl", 3], None, "input 1: formula 3 must be text"), (None, 3.5, "pattern=3.5 is none"),
+    (None, [(X, Y, X)], "a path, a Pattern, or a pair"), (None, [object()], "a path, a Pattern, or a pair"), (None, (X, None), "numbers|columns"),
+    (None, Pattern(X, Y * np.nan, 1.54, {}), "points are numbers"), (None, Pattern(X, Y[:9], 1.54, {}), "two columns of one length"),
+    (None, Pattern(X, -Y, 1.54, {}), "no intensity is above 0|no peak"), (None, Pattern(X, Y, -1.0, {}), "wavelength"),
 ])  # fmt: skip
 def test_what_cannot_be_read_says_why(predictor, formula, pattern, reason):
     with pytest.raises(ValueError, match=reason) as e:
@@ -148,6 +152,41 @@ def test_a_measured_pattern_finds_its_material(predictor, data, table):
         own = predictor.search(p, formula=table["formula"][i])
         assert data.material_ids[i] in own["material_id"].to_list()
     assert first > 0.6 * len(index)  # of the untrained model's 200 candidates the peaks find the structure
+
+
+def test_known_materials_have_a_say(predictor, data, table):
+    "With its own composition among the known ones a pattern's space group is found; left out, others stand in for it."
+    index = data.indices("test")[:60]
+    patterns, truth = as_measured(data, index, seed=5), data.space_group[index].long() - 1
+    formulas = [table["formula"][i] for i in index.tolist()]
+    inputs = [Input(None, p) for p in patterns]
+    network = probabilities(ask(predictor.model, inputs), predictor.cases["pattern"]["temperature"])
+    known, unknown = predictor.symmetry(inputs), predictor.symmetry(inputs, formulas)
+    right = [float((group.argmax(1) == truth).float().mean()) for _, group in (network, unknown, known)]
+    assert right[0] < right[1] < right[2] and right[2] > 0.8, right
+    for system, group in (known, unknown):
+        torch.testing.assert_close(group.sum(1), torch.ones(len(index)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(system, of_systems(group), rtol=0, atol=1e-5)
+    formula_of_id = dict(zip(predictor.index.material_id, predictor.index.formula))
+    nearest = [formula_of_id[m] for m in predictor.table(inputs, formulas)["nearest"]]
+    assert not any(composition_key(m) == composition_key(f) for m, f in zip(nearest, formulas))
+    assert predictor.table([Input("NaCl", None)])["nearest"].to_list() == [None]
+
+
+def test_votes_and_network_are_mixed():
+    network = torch.full((1, 230), 1 / 230)
+    votes = dict(match=torch.tensor([[0.9, 0.5]]), own=torch.tensor([[False, True]]), space_group=torch.tensor([[225, 62]]))
+    first = mix(network, **votes, weights=torch.tensor([3.0, 0.0, -50.0, 0.0]))[0]
+    assert first[224] > 0.99 and mix(network, **votes, weights=torch.tensor([3.0, 0.8, -50.0, 0.0]))[0, 61] > 0.99  # of its own composition
+    torch.testing.assert_close(mix(network, **votes, weights=torch.tensor([3.0, 0.0, 80.0, 0.0])), network)  # where the network is surer
+    unknown = mix(network, votes["match"], votes["own"], torch.zeros(1, 2), torch.tensor([3.0, 0.0, -50.0, 0.0]))
+    torch.testing.assert_close(unknown, network)  # materials without a space group have no vote
+
+
+def test_combs_are_not_like_the_training_data(predictor):
+    rng = np.random.default_rng(0)
+    combs = [Measured(2 * np.pi / np.exp(np.sort(rng.uniform(*LN_Q, 60))), rng.uniform(0.01, 1, 60), LN_Q) for _ in range(40)]
+    assert predictor.table([Input(None, c) for c in combs])["in_domain"].mean() < 0.1
 
 
 def test_search_says_what_it_lacks(predictor, tmp_path):
@@ -226,6 +265,9 @@ def test_what_is_shipped_has_not_seen_what_scores_it(tmp_path, table):
     again = Predictor.load(tmp_path / "weights")
     assert again.card["test"] == p.card["test"] and set(p.card["test"]) == {"formula", "pattern", "both"}
     assert len(again.index.formula) == len(table) and again.card["licence"] and again.card["citation"] and again.card["not_for"]
+    assert {"mix", "least_match"} <= set(again.cases["both"]) and "crystal_system/accuracy/known" in p.card["test"]["pattern"]
+    anew = ship(str(dataset), tmp_path / "anew", leave_out=[measured], weights=tmp_path / "weights", runs=tmp_path / "nowhere")
+    assert anew.card["test"] == p.card["test"] and anew.card["training"] == p.card["training"] and "--size nano" in p.card["training"]["command"]
     for case, scored in p.card["test"].items():
         assert scored["n"] > 20 and 0 <= scored["volume_per_atom/coverage"] <= 1 and 0 <= scored["crystal_system/calibration_error"] < 1, case
     with pytest.raises(ValueError, match="is no Parquet table with a column formula"):
@@ -249,6 +291,16 @@ def test_the_command_answers_for_files_and_formulas(weights, predictor, tmp_path
     said = capsys.readouterr()
     assert [("error" in r, "no two columns" in r.get("error", "")) for r in json.loads(said.out)] == [(False, False), (True, True)]
     assert said.err.count("bad.xy") == 1 and "1 of 2 files failed" in said.err
+    assert main(["predict", "--formula", "TiO2", "--weights", weights, "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert row["file"] is None and row["nearest"] is None
+    q = tmp_path / "q.xy"
+    np.savetxt(q, np.c_[4 * np.pi * np.sin(np.radians(X / 2)) / 1.5406, Y])
+    found = []
+    for options in ([str(q), "--unit", "q"], [str(good), "--kalpha2", "keep"], [str(good), "--kalpha2", "strip"]):
+        assert main(["predict", *options, "--wavelength", "1.5406", "--weights", weights, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)[0]["volume_per_atom"])
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and found[1] != pytest.approx(found[2], rel=1e-6)
     assert main(["predict", "--formula", "TiO2", "--weights", weights]) == 0
     said = capsys.readouterr().out
     assert "crystal system" in said and "volume (Å³/atom)" in said and "±" in said

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -244,6 +245,10 @@ def test_cif_deuterium_partial_occupancy_and_several_blocks(tmp_path):
         "over": CIF.replace("0.5  0.5  0.5  1", "0.5  0.5  0.5  3"),
         "garbage": "loop_\n\0\x01 _ '''",
         "blank": " \n",
+        "overlap": CIF + "  Rb  Rb2  0.0  0.0  0.0  1\n",
+        "cut": CIF.rstrip()[:-12],
+        "flat": re.sub(r"(_cell_angle_gamma\s+)\S+", r"\g<1>0", CIF),
+        "empty": CIF[: CIF.rstrip().rindex("_atom_site")] + "_atom_site_occupancy\n",
     }.items():
         (tmp_path / f"{name}.cif").write_text(text)
     found = {r["material_id"]: r for r in S.read_source(tmp_path)}
@@ -252,6 +257,8 @@ def test_cif_deuterium_partial_occupancy_and_several_blocks(tmp_path):
     assert "no CIF text" in found["blank"]["reason"]
     assert "reason" in found["over"]
     assert "unreadable CIF" in found["garbage"]["reason"]
+    for name, why in dict(overlap="sites overlap", cut="the text is cut", flat="the cell is missing, flat", empty="no atoms").items():
+        assert why in found[name]["reason"], found[name]
     np.testing.assert_allclose(sorted(found["partial"]["occupancies"]), [0.4, 0.6, 1.0])
     assert S.material_row(found["partial"])["n_sites"] == 2
     assert "occupancies" not in found["full"]

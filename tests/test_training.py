@@ -5,6 +5,7 @@ import shutil
 import math
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xxact import trainer
@@ -108,6 +110,10 @@ def test_sigterm_saves_and_asks_to_be_queued_again(uncut, data_file, tmp_path):
     assert "saved at step" in process.stderr.read()
     saved = torch.load(cut / "state.pt", weights_only=True)["step"]
     assert saved >= 4
+    early = start(*arguments(task, data_file, tmp_path / "early"))
+    while not int(re.search(r"SigCgt:\s*(\w+)", open(f"/proc/{early.pid}/status").read())[1], 16) >> 14 & 1: time.sleep(0.001)
+    early.send_signal(signal.SIGTERM)
+    assert early.wait() == REQUEUE
     resumed = start(*arguments(task, data_file, cut))
     assert resumed.wait() == 0
     assert log_of(cut) == log_of(whole) and same_weights(cut, whole)
@@ -252,6 +258,8 @@ def test_a_killed_process_is_started_again(machines, data_file, tmp_path):
     (dict(compile="maybe"), "choose from auto, on, off"),
     (dict(patience=-1), "must not be negative"),
     (dict(tokeniser="wavelets"), "choose from peaks, patches"),
+    (dict(targets="nonsense"), "no target 'nonsense'"),
+    (dict(augment="foggy"), "choose from ideal"),
 ])
 def test_settings_that_cannot_work_are_one_line(changes, message, data_file, tmp_path):
     if changes.get("device") == "cuda" and torch.cuda.is_available(): pytest.skip("there is a GPU")
@@ -274,8 +282,10 @@ def test_a_folder_of_other_parameters_is_left_alone(data_file, tmp_path):
     quiet = start(*arguments("pretrain", data_file, tmp_path), TQDM_DISABLE="1")
     assert quiet.communicate()[1] == "" and quiet.returncode == 0
     before = (tmp_path / "log.jsonl").read_text()
-    process = start(*arguments("pretrain", data_file, tmp_path, lr=1e-4))
-    assert "belongs to a run with lr=" in process.communicate()[1] and process.returncode == 2
+    for changes, message in ((dict(lr=1e-4), "belongs to a run with lr="), (dict(size="small"), "belongs to a run with size=nano, not small"),
+                             (dict(log_every=3), "belongs to a run with log_every=2"), (dict(targets="band_gap"), "are of finetune")):
+        process = start(*arguments("pretrain", data_file, tmp_path, **changes))
+        assert message in process.communicate()[1] and process.returncode == 2
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
@@ -478,5 +488,34 @@ def test_short_of_memory_says_what_to_lower(data_file, tmp_path, monkeypatch):
     def full(*_): raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(XxaCT, "forward", full)
-    with pytest.raises(RuntimeError, match="out of memory with batch_size=16; try batch_size=8"):
-        trained("finetune", MaterialSet.load(data_file), tmp_path)
+    for size, advice in ((16, "batch_size=8"), (1, "a smaller size")):
+        with pytest.raises(RuntimeError, match=f"out of memory with batch_size={size}; try {advice}"):
+            trained("finetune", MaterialSet.load(data_file), tmp_path / advice, batch_size=size)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("task", TASKS)
+def test_attention_is_fused(task, device, data_file):
+    data = MaterialSet.load(data_file)
+    it = objective(task, data).to(device)
+    prepared = it.prepare(data.batch(torch.arange(16)).to(device), draws(0, 0))
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]): it(prepared)["loss"].backward()  # fails where none fits
+
+
+def test_augmentation_in_pretraining(data_file):
+    data, seen = MaterialSet.load(data_file), []
+    batch = data.batch(torch.arange(16))
+    for augment in ("ideal", "lab"):
+        torch.manual_seed(0)
+        prepared = Pretraining(XxaCT("nano"), 0.01, augment=augment).prepare(batch, draws(0, 0))
+        seen.append(prepared)
+    assert torch.equal(seen[0].visible, seen[1].visible) and not torch.equal(seen[0].truth, seen[1].truth)
+    with pytest.raises(ValueError, match="augment=foggy"): Pretraining(XxaCT("nano"), 0.01, augment="foggy")
+
+
+def test_held_out_losses_use_every_material(data_file):
+    data = MaterialSet.load(data_file)
+    it, index = objective("finetune", data), torch.arange(37)
+    it.augment = "ideal"
+    whole, parts = held_out_losses(it.eval(), data, index, 64), held_out_losses(it, data, index, 5)
+    assert whole["volume_per_atom"] == pytest.approx(parts["volume_per_atom"], abs=1e-5)

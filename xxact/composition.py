@@ -92,6 +92,7 @@ SPLITS = ("train", "val", "test")
 
 
 def _integers(amounts: dict[str, float]) -> dict[str, int]:  # sorted by atomic number
+    _check(amounts, amounts)
     n = {s: int(v) for s, v in amounts.items()}
     if n != amounts:  # not whole numbers
         parts = {s: Fraction(v).limit_denominator(1000) for s, v in amounts.items()}

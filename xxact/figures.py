@@ -327,7 +327,7 @@ def plot_measured(
     lines: Sequence[tuple[np.ndarray, np.ndarray]],  # d-spacings (Å) and heights that each should have
     names: Sequence[str],
 ) -> tuple["Figure", "pl.DataFrame"]:
-    "Measured patterns above calculated lines."
+    "Measured patterns above rendered ones."
     import matplotlib.pyplot as plt
     import polars as pl
     from xxact.patterns import even_grid
@@ -338,12 +338,14 @@ def plot_measured(
         x, y, _ = even_grid(p, 1700)
         y = np.sqrt(np.clip(y, 0, None) / y.max())
         reached = p.wavelength < 2 * d
-        angle, height = 2 * np.degrees(np.arcsin(p.wavelength / 2 / d[reached])), np.sqrt(height[reached])
-        ax.plot(x, y, lw=0.6); ax.vlines(angle, -height, 0, color="C3", lw=0.7); ax.axhline(0, color="0.4", lw=0.5)
+        angle = 2 * np.degrees(np.arcsin(p.wavelength / 2 / d[reached]))
+        rendered = (height[reached] * np.exp(-4 * np.log(2) * ((x[:, None] - angle) / 0.2) ** 2)).sum(1)  # 0.2° wide
+        rendered = np.sqrt(rendered / max(rendered.max(), 1e-9))
+        ax.plot(x, y, lw=0.6); ax.plot(x, -rendered, color="C3", lw=0.6); ax.axhline(0, color="0.4", lw=0.5)
         ax.set(yticks=[], xlim=(x[0], x[-1]), ylim=(-1.05, 1.05)); ax.set_title(name, loc="left", fontsize=7, pad=2)
         parts += [pl.DataFrame(dict(name=name, what=what, two_theta=a.astype(float), root_intensity=h.astype(float)))
-                  for what, a, h in (("measured", x, y), ("calculated", angle, height))]
-    axes[-1, 0].set_xlabel("2θ (degrees); √ intensity, measured above, calculated lines below")
+                  for what, a, h in (("measured", x, y), ("rendered", x, rendered))]
+    axes[-1, 0].set_xlabel("2θ (degrees); √ intensity, measured above, rendered below")
     return fig, pl.concat(parts)
 
 

@@ -58,13 +58,15 @@ def write_table(
     path: str | Path,  # Parquet file
     **metadata: str,  # licence, citation, versions …
 ) -> None:
-    "Write a Parquet table atomically, with metadata."
+    "Write a Parquet table atomically, with metadata. Raises `OSError` where there is no room for it."
+    import polars as pl
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         df.lazy().sink_parquet(temporary, metadata=metadata, row_group_size=2**14)
         temporary.replace(path)
+    except pl.exceptions.PolarsError as e: raise OSError(f"{path} cannot be written: {str(e).splitlines()[0]}") from e
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/03_materials.ipynb #f619af14
@@ -196,12 +198,17 @@ def _flatten(df: "pl.DataFrame", targets: Sequence[str]) -> dict[str, np.ndarray
                 unit = " Å" if c == "d_spacing" else ""
                 refuse(np.logical_or.reduceat(bad, np.cumsum(counts) - counts), f"{c} must be within {low} to {high}{unit}, not {x[bad][0]:g}")
             flat[c] = x
+    begin = np.cumsum(flat["first_element"]) - flat["first_element"]
+    refuse(np.minimum.reduceat(flat["fractions"], begin) <= 0, "fractions must be positive")
+    refuse(abs(np.add.reduceat(flat["fractions"], begin) - 1) > 1e-3, "fractions must sum to 1")
+    space_group = df["space_group"].fill_null(0).to_numpy()
+    refuse(space_group > 230, "space_group must be a number from 1 to 230, or null")
     labels = np.empty((len(df), len(targets)), np.float32)
     for i, t in enumerate(targets): labels[:, i] = df[t].to_numpy()
     labels[~np.isfinite(labels)] = np.nan
     hashes = df["composition"].to_numpy()
     return dict(ln_d=_pack(np.log(flat.pop("d_spacing")), *_LN_D), sqrt_intensity=_pack(np.sqrt(flat.pop("intensity")), 0, 1), **flat,
-                targets=labels, space_group=df["space_group"].fill_null(0).to_numpy(), composition=hashes.view(np.int64), split=_sides(hashes),
+                targets=labels, space_group=space_group, composition=hashes.view(np.int64), split=_sides(hashes),
                 names=np.frombuffer(("\n".join(ids) + "\n").encode(), np.uint8))
 
 

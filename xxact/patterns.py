@@ -7,6 +7,7 @@ __all__ = ['UNITS', 'Pattern', 'as_wavelength', 'Scan', 'as_pattern', 'read_patt
            'without_kalpha2', 'find_peaks', 'tube_lines', 'Measured', 'to_reflections']
 
 # %% ../nbs/02_patterns.ipynb #ef95cf36
+import io
 import math
 import re
 import shutil
@@ -16,8 +17,8 @@ import warnings
 import zipfile
 import zlib
 from array import array
-from collections.abc import Iterator
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TextIO
 from xml.etree import ElementTree
@@ -116,7 +117,17 @@ _COLUMNS = dict(two_theta=("2theta", "twotheta", "2th", "tth", "2θ", "angle", "
                 q=("q", "qvalue", "q1", "qa1", "q1a", "qinva"), q_nm=("qnm1", "q1nm", "qinvnm"), d=("d", "dspacing", "dvalue"),
                 intensity=("intensity", "int", "i", "counts", "cps", "y", "yobs", "iobs", "obs"))
 _OTHER = re.compile(r"\b(energy|k?ev|time|omega|chi|phi|sin|rad|radians|scattering|tof|channel|s)\b", re.IGNORECASE)  # that are no 2θ, q or d
-_PIECE, _LINE = 100_000, 100_000  # lines read at once, and characters in one
+_PIECE, _LINE = 2**23, 100_000  # characters read at once, and in one line
+
+
+def _pieces(lines: Iterable[str]) -> Iterator[list[str]]:
+    "Lines by the dozens of thousands."
+    piece, size = [], 0
+    for line in lines:
+        piece.append(line)
+        size += len(line) + 50  # of every object
+        if size > _PIECE: yield piece; piece, size = [], 0
+    if piece: yield piece
 
 
 def _separator(line: str) -> str | None:
@@ -172,8 +183,8 @@ def _read_columns(lines: Iterator[str]) -> Scan:
         head.append(line[:1000])
         if len(head) > 2000: raise ValueError("no two columns of numbers in the first 2000 lines")
     else: raise ValueError("no two columns of numbers were found")
-    columns, table, at, lines = None, array("d"), len(head) + 1, chain([line], lines)  # an array that grows without being copied
-    while piece := list(islice(lines, _PIECE)):
+    columns, table, at = None, array("d"), len(head) + 1  # an array that grows without being copied
+    for piece in _pieces(chain([line], lines)):
         numbered = [(at + i, s) for i, s in enumerate(s.replace('"', "").strip(" \t\r\n\x1a") for s in piece) if s and s[0] not in "#!%;'/*"]
         at += len(piece)
         if not numbered: continue
@@ -209,7 +220,7 @@ def _header_wavelength(head: list[str]) -> tuple[float | None, dict]:  # Å; ano
     for line in head:
         says = lambda pattern: re.search(pattern, line, re.IGNORECASE)  # noqa: B023
         if m := says(r"(?:anode|target|tube|radiation)[^\n]{0,20}?\b(Cu|Mo|Co|Cr|Fe|Ag)(?:\b|K)"): metadata["anode"] = m[1].capitalize()
-        if not says(r"wave[\s_]*length|lambda|k-?alpha") or says(r"range|step|beta|ratio"): continue
+        if not says(r"wave[\s_]*length|lambda|λ|k-?alpha") or says(r"range|step|beta|ratio"): continue
         scale = 10 if re.search(r"\bnm\b", line) else 1e10 if re.search(r"\bm\b", line) else 1
         values = [scale * float(v.replace(",", ".")) for v in re.findall(r"(?<![\d.])\d+[.,]\d+(?:e-?\d+)?", line, re.IGNORECASE)]
         values = [v for v in values if 0.1 <= v <= 3]
@@ -251,9 +262,9 @@ def _numbers(lines: list[str], separator: str | None = None) -> np.ndarray:
 def _read_ras(text: str) -> Scan:
     said = dict(re.findall(r'^\*(\S+)\s+"([^"\n]*)"', text, re.MULTILINE))
     _check_axis(said.get("MEAS_SCAN_AXIS_X"))
-    parts = re.findall(r"^\*RAS_INT_START\s*$(.*?)^\*RAS_INT_END", text, re.MULTILINE | re.DOTALL)
-    if not parts: raise ValueError("the data have no beginning (*RAS_INT_START) or no end (*RAS_INT_END)")
-    x, y, *attenuator = _numbers(parts[0].splitlines()).T
+    parts = text.split("\n*RAS_INT_START")[1:]
+    if not parts or "\n*RAS_INT_END" not in parts[0]: raise ValueError("the data have no beginning (*RAS_INT_START) or no end (*RAS_INT_END)")
+    x, y, *attenuator = _numbers(parts[0].partition("\n*RAS_INT_END")[0].splitlines()).T
     lines = _doublet(said.get("HW_XG_WAVE_LENGTH_ALPHA1"), said.get("HW_XG_WAVE_LENGTH_ALPHA2"))
     return _scan(x, y * attenuator[0] if attenuator else y, "Rigaku RAS", lines, len(parts), anode=said.get("HW_XG_TARGET_NAME"))
 
@@ -309,6 +320,7 @@ _CIF_Y = ("_pd_meas_counts_total", "_pd_meas_intensity_total", "_pd_proc_intensi
 def _read_cif(text: str) -> Scan:
     from pymatgen.io.cif import CifFile
     number = lambda v: float(v.partition("(")[0]) if v not in (".", "?") else math.nan
+    if sum(1 for _ in re.finditer(r"\S+", text)) > 1_000_000: raise ValueError("a CIF of more than a million values is not read")
     blocks = [b for b in CifFile.from_str(text).data.values() if any(k in b.data for k in _CIF_Y)]
     if not blocks: raise ValueError("a CIF file without a measured powder pattern")
     said = blocks[0].data
@@ -330,7 +342,11 @@ _LARGEST = 8 * 2**20  # bytes of one file, or of one member of an archive, that 
 def _xml(text: str) -> ElementTree.Element:
     if "<!DOCTYPE" in text or "<!ENTITY" in text: raise ValueError("XML that declares entities is not read")
     if max(text.count("<"), text.count("=")) > 1_000_000: raise ValueError("XML of more than a million elements or attributes is not read")
-    return ElementTree.fromstring(text)
+    depth, events = 0, ElementTree.iterparse(io.StringIO(text), ("start", "end"))
+    for event, _ in events:
+        depth += 1 if event == "start" else -1
+        if depth > 100: raise ValueError("XML of more than a hundred levels is not read")
+    return events.root
 
 
 def _all(root: ElementTree.Element, tag: str) -> list[ElementTree.Element]:
@@ -371,7 +387,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> str:
 
 def _in_order(archive: zipfile.ZipFile, pattern: str) -> list[str]:
     "Members of a name, in the order of the numbers in it."
-    found = [m for n in archive.namelist() if (m := re.fullmatch(pattern, n))]
+    found = [m for n in archive.namelist() if len(n) < 200 and (m := re.fullmatch(pattern, n))]
     return [m[0] for m in sorted(found, key=lambda m: [int(g) if (g or "").isdigit() else 0 for g in m.groups()])]
 
 
@@ -567,7 +583,7 @@ def without_kalpha2(
 def find_peaks(
     p: Pattern,
     remove_background: bool = True,
-    strip_kalpha2: bool = True,  # where the wavelength is that of a tube
+    strip_kalpha2: bool | None = None,  # None: where the file names it, or the wavelength is the mean of a tube's; True: in any case; False: not
     detection: float = 3.0,  # height above the noise, in standard deviations
 ) -> tuple[np.ndarray, np.ndarray]:  # 2θ in degrees (m,), rising; areas (m,)
     "Positions and areas of the peaks of a measured pattern. Raises `ValueError` where there are none."
@@ -575,13 +591,14 @@ def find_peaks(
     from scipy.signal import find_peaks as maxima
     from scipy.signal import peak_prominences, peak_widths
     x, y, step = even_grid(p)
-    if strip_kalpha2 and (shift := tube_lines(p)[1]): y = without_kalpha2(x, y, shift)
+    if strip_kalpha2 is not False and (shift := tube_lines(p, strip_kalpha2)[1]): y = without_kalpha2(x, y, shift)
     rough = smooth(y - background(y, step), max(1.0, 0.02 / step))
     strong, _ = maxima(rough, height=0.2 * rough.max(), distance=max(1, round(0.3 / step)))
     if not len(strong) or rough.max() < 1e-6 * np.abs(y).max(): raise ValueError("no peak stands out of the pattern")
     width = float(np.median(peak_widths(rough, strong)[0]))  # steps
     net, sigma = y - background(y, step, max(0.2, 1.5 * width * step)) if remove_background else y, max(0.8, 0.6 * width / 2.355)
     s, level = smooth(net, sigma), smooth(y, sigma).clip(0)
+    if not level.max() > 0: raise ValueError("no intensity is above 0")
     usual = max(np.median(level), 0.02 * level.max())
     lost, kept = 1 - 1 / (math.sqrt(math.pi) * sigma), 1 / math.sqrt(2 * math.sqrt(math.pi) * sigma)  # of the noise, by smoothing
     noise = 1.4826 * np.median(np.abs(y - smooth(y, sigma))) / math.sqrt(lost) * kept * np.sqrt(level.clip(usual) / usual)
@@ -603,12 +620,16 @@ _SHIFTS = dict(CuKa=2.486e-3, MoKa=6.0e-3, CoKa=2.2e-3, CrKa=1.7e-3, FeKa=2.0e-3
 
 def tube_lines(
     p: Pattern,
+    there: bool | None = None,  # True: Kα2 is there although the wavelength is that of Kα1
 ) -> tuple[float, float]:  # wavelength of Kα1 in Å, and Kα2's / Kα1's - 1; 0 where it is not a tube's
-    "Kα1 and Kα2 of a pattern: from its file, or from the table where its wavelength is the mean of a tube's."
+    """Kα1 and Kα2 of a pattern: from its file, or from the table where its wavelength is the mean of a tube's. Raises `ValueError` where Kα2 must
+    be there and no tube has such a wavelength."""
     if second := p.metadata.get("kalpha2"): return p.wavelength, second / p.wavelength - 1
     name = min(_SHIFTS, key=lambda k: abs(WAVELENGTHS[k] / p.wavelength - 1))
     if abs(WAVELENGTHS[name] / p.wavelength - 1) < 2e-4: return p.wavelength / (1 + _SHIFTS[name] / 3), _SHIFTS[name]
-    return p.wavelength, 0.0
+    if not there: return p.wavelength, 0.0
+    if abs(WAVELENGTHS[name] / (1 + _SHIFTS[name] / 3) / p.wavelength - 1) < 1e-3: return p.wavelength, _SHIFTS[name]
+    raise ValueError(f"Kα2 cannot be stripped: no tube has a Kα1 of {p.wavelength:g} Å")
 
 # %% ../nbs/02_patterns.ipynb #81696cbc
 class Measured(NamedTuple):
@@ -622,13 +643,13 @@ class Measured(NamedTuple):
 def to_reflections(
     p: Pattern,
     remove_background: bool = True,
-    strip_kalpha2: bool = True,  # where the wavelength is that of a tube
+    strip_kalpha2: bool | None = None,  # None: where the file names it, or the wavelength is the mean of a tube's; True: in any case; False: not
     monochromator: float = 0.0,  # 2θ of the monochromator, degrees; 0: none
 ) -> Measured:
     "The reflections that a measured pattern shows. Raises `ValueError` where it shows none within the model's range."
     if not 0 <= monochromator < 180: raise ValueError(f"monochromator={monochromator:g} must be within 0 to 180°")
-    first, shift = tube_lines(p)
-    wavelength = first if strip_kalpha2 else first * (1 + shift / 3)
+    first, shift = tube_lines(p, strip_kalpha2)
+    wavelength = first * (1 + shift / 3) if strip_kalpha2 is False else first
     ln_q = np.log(4 * np.pi * np.sin(np.radians(p.two_theta[[0, -1]] / 2)) / wavelength).clip(*LN_Q)
     reach, within = f"2θ from {p.two_theta[0]:g} to {p.two_theta[-1]:g}° at {wavelength:.4f} Å", "q = {:.2f} to {:.2f} Å⁻¹".format(*np.exp(LN_Q))
     if ln_q[0] >= ln_q[1]: raise ValueError(f"{reach} misses the model's range, {within}")

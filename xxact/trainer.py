@@ -35,6 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -147,15 +148,17 @@ class Pretraining(nn.Module):
         mxm_weight: float = 1.0,
         contrastive_weight: float = 0.2,
         mask_share: float = 0.4,  # of the windows, hidden
+        augment: str = "ideal",  # how samples differ from the calculation, as in `Supervised`; their range stays whole
     ):
         super().__init__()
         if model.config["modalities"] != "both":
             raise ValueError("pretraining needs modalities='both'; unimodal models take over its encoders")
+        choose("augment", augment, tuple(AUGMENTATIONS))
         if min(mxm_weight, contrastive_weight) < 0 or max(mxm_weight, contrastive_weight) == 0:
             raise ValueError(f"mxm_weight={mxm_weight} and contrastive_weight={contrastive_weight}: neither may be negative, nor both 0")
         self.model, self.mxm_weight, self.contrastive_weight = model, mxm_weight, contrastive_weight
-        self.mask_share, self.mean_pattern_error = mask_share, mean_pattern_error
-        self.settings = dict(mxm_weight=mxm_weight, contrastive_weight=contrastive_weight, mask_share=mask_share)
+        self.mask_share, self.mean_pattern_error, self.augment = mask_share, mean_pattern_error, augment
+        self.settings = dict(mxm_weight=mxm_weight, contrastive_weight=contrastive_weight, mask_share=mask_share, augment=augment)
         if mxm_weight > 0: self.decoder = MXMDecoder(model.config["size"])
         if contrastive_weight > 0: self.alignment = Alignment(model.config["size"])
 
@@ -185,8 +188,9 @@ class Pretraining(nn.Module):
         generator: torch.Generator,  # on the CPU
         share: "Share | None" = None,  # of the batch, that this process computes; None: all
     ) -> Prepared:
-        "Draw the hidden windows, and hide them."
+        "Draw another sample of each material and the hidden windows, and hide them."
         visible = hide_windows(len(batch.composition), self.mask_share, generator) if self.mxm_weight > 0 else None
+        batch = batch._replace(reflections=perturb(batch.reflections, AUGMENTATIONS[self.augment], generator))
         if share: batch, visible = share.of(batch), None if visible is None else visible[share.materials]
         return self._hidden(batch, visible)
 
@@ -299,18 +303,19 @@ def _memory(batch_size: int, world: int) -> Iterator[None]:
     "Say what to lower where memory is short."
     try: yield
     except torch.OutOfMemoryError as e:
-        smaller = max(world, batch_size // 2 // world * world)
-        raise RuntimeError(f"out of memory with batch_size={batch_size}; try batch_size={smaller} in another folder") from e
+        advice = f"batch_size={batch_size // 2 // world * world}" if batch_size >= 2 * world else "a smaller size"
+        raise RuntimeError(f"out of memory with batch_size={batch_size}; try {advice} in another folder") from e
 
 
 @contextmanager
 def _deterministic(on: bool) -> Iterator[None]:
-    "Let torch take deterministic kernels for a while, and warn where it has none."
+    "Let torch take deterministic kernels for a while, and warn where it has none; of those for attention only the plain one is always so."
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    try: yield
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if on and torch.cuda.is_available() else nullcontext(): yield
     finally: torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 # %% ../nbs/09_trainer.ipynb #c93498b1
@@ -355,7 +360,9 @@ class Log:
 
     def write(self, step: int, **row: float) -> None:
         "Append one line."
-        with open(self.path, "a") as f: f.write(json.dumps(dict(step=step, **row)) + "\n")
+        try:
+            with open(self.path, "a") as f: f.write(json.dumps(dict(step=step, **row)) + "\n")
+        except OSError as e: raise OSError(f"{self.path} could not be written ({e}); make room and run the same again") from e
         for k, v in row.items() if self.board else (): self.board.add_scalar(k, v, step)
 
     def close(self) -> None:
@@ -394,8 +401,9 @@ class _State:
             temporary.replace(self.path)
         except (OSError, RuntimeError) as e:  # a full disk is a RuntimeError of torch's writer
             temporary.unlink(missing_ok=True)
+            good = f"that of step {self.saved} is good: " if step else ""
             raise OSError(f"the checkpoint of step {step} could not be written to {self.path.parent} ({str(e).splitlines()[0]}); "
-                          f"that of step {self.saved} is good: make room and run the same again") from e
+                          f"{good}make room and run the same again") from e
         self.saved = step
 
     def load(self) -> tuple[int, dict[str, Any]]:  # step, and the rest that was saved with it
@@ -474,8 +482,7 @@ def held_out_losses(
     "Mean losses of held-out materials, with the same draws at every call."
     rank, world = processes()
     device, sums = next(objective.parameters()).device, {}
-    index = index[: len(index) // world * world]
-    for i, chosen in enumerate(index.split(batch_size)):
+    for i, chosen in enumerate(index.tensor_split(max(1, len(index) // batch_size))):  # so that no part is too small to share
         prepared = objective.prepare(data.batch(chosen).to(device), draws(0, 2**33 + i), share_of(data, chosen, rank, world) if world > 1 else None)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"): losses = objective(prepared)
         for k, v in losses.items(): sums[k] = sums.get(k, 0.0) + v * (len(chosen) / len(index))
@@ -534,10 +541,10 @@ def train(
     optimiser = torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)],
                                   lr=lr, betas=(0.9, 0.98), fused=True)
     average = {k: p.detach().clone() for k, p in objective.named_parameters()}
-    settings = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule, ema=ema,
-                    grad_clip=grad_clip, seed=seed, precision=precision, patience=patience, materials=_digest(index), recipe=RECIPE,
-                    held_out="" if held_out is None else _digest(held_out), data=data.fingerprint(), first_weights=_digest(*average.values()),
-                    **objective.settings, **objective.model.config)
+    settings = dict(**objective.model.config, **objective.settings, steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
+                    warmup=warmup, schedule=schedule, ema=ema, grad_clip=grad_clip, seed=seed, precision=precision, patience=patience,
+                    log_every=log_every, materials=_digest(index), recipe=RECIPE, held_out="" if held_out is None else _digest(held_out),
+                    data=data.fingerprint(), first_weights=_digest(*average.values()))
     state = _State(folder / "state.pt", settings, objective, optimiser, average)
     start, rest = state.load()
     if total(torch.tensor(float(start), device=where)) != world * start:
@@ -569,9 +576,11 @@ def train(
 
     def explain(step: int, name: str, value: float) -> ValueError:
         "Repeat the steps since the last checkpoint to find the first that went wrong."
-        for at in range(state.load()[0], step):
+        for at in range(begin := state.load()[0], step):
             losses = {k: float(v) for k, v in one_step(at).items()}
             if bad := gone_wrong(losses, smallest): step, name, value = at + 1, bad, losses[bad]; break
+        else: return ValueError(f"{name} is {value:g} at step {step}, but not when the steps since {begin} are repeated: not the materials but the "
+                                "machine is at fault; run the same again")
         ids, lines = data.material_ids, {"step": step, "loss": name, "value": str(value)}
         lines["materials"] = [ids[i] for i in chosen(step - 1)]
         if rank == 0: _write(folder / "bad_step.json", json.dumps(lines))
@@ -690,7 +699,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value, text in (("size", "small", "nano, small, base or large"), ("fusion", "cross", "cross or concat"),
                               ("tokeniser", "peaks", "peaks or patches"), ("mxm-weight", 1.0, "in pretraining"),
                               ("contrastive-weight", 0.2, "in pretraining"), ("mask-share", 0.4, "of the windows, hidden in pretraining"),
-                              ("augment", "lab", "samples in fine-tuning: ideal, lab, scaled or measured"), ("epochs", 8, ""),
+                              ("augment", "", "samples: ideal, lab, scaled, measured; '': ideal in pretraining, else lab"), ("epochs", 8, ""),
                               ("batch-size", 64, "of all processes together"), ("lr", 0.0, "0: that of the size"),
                               ("schedule", "cosine", "cosine or constant"),
                               ("patience", 0, "epochs without a better validation loss after which to stop, with the best weights; 0: never"),
@@ -700,7 +709,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", default=value, type=type(value), help=f"{text}{'; ' if text else ''}default: {value}")
     parser.add_argument("--deterministic", action="store_true", help="the same bits again on the same GPU, slower")
     a = parser.parse_args(arguments)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(REQUEUE))  # there is nothing to save yet
     try:
+        if a.task == "pretrain" and (a.pretrained or a.targets): raise ValueError("--pretrained and --targets are of finetune; leave them out")
         world = int(os.environ.get("WORLD_SIZE", 1))
         if world > 1 and torch.cuda.is_available() and a.device in ("auto", "cuda"):
             torch.cuda.set_device(pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
@@ -714,6 +725,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"xxact.trainer:{f' process {rank}:' if rank else ''} {' '.join(str(e).split())}", file=sys.stderr)
         return 2 if isinstance(e, ValueError) else 1
     finally:
+        signal.signal(signal.SIGTERM, before)
         if dist.is_initialized(): dist.destroy_process_group()
 
 
@@ -734,7 +746,7 @@ def _train_from_file(a: argparse.Namespace, device: torch.device) -> None:
     options = {k: getattr(a, k) for k in same} | dict(device=str(device), held_out=held_out if a.patience else None, description=a.task)
     if a.task == "pretrain":
         objective = Pretraining(XxaCT(a.size, fusion=a.fusion, tokeniser=a.tokeniser), TrivialPredictors(data, index).mean_error,
-                                a.mxm_weight, a.contrastive_weight, a.mask_share)
+                                a.mxm_weight, a.contrastive_weight, a.mask_share, a.augment or "ideal")
         train(objective, data, index, a.folder, **options)
     else:
         from xxact.evaluate import scores
@@ -748,7 +760,7 @@ def _train_from_file(a: argparse.Namespace, device: torch.device) -> None:
         if a.pretrained: start_from(model, a.pretrained)
         some = held_out[:: max(1, len(held_out) // 10_000)]  # enough to tell, whatever the size of the set
         evaluate = (lambda: scores(predict(model, data, some), data, some)) if len(some) else None
-        train(Supervised(model, augment=a.augment), data, index, a.folder, evaluate=evaluate, **options)
+        train(Supervised(model, augment=a.augment or "lab"), data, index, a.folder, evaluate=evaluate, **options)
         objective = model
     if processes()[0] == 0: save_model(getattr(objective, "model", objective), a.folder / "model.safetensors")
 
