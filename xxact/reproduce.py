@@ -950,12 +950,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("files", nargs="+", metavar="FILE", type=_path, help="what a diffractometer wrote")
     p.add_argument("--out", metavar="FOLDER", type=_path, help="where the .xy files go (default: beside each file)")
     _add_scan(p)
+    p = commands.add_parser("page", help="write one page with all results of a profile: runs/<profile>/index.html")
+    p.add_argument("--profile", default="smoke", help="a section of settings.ini (default: smoke)")
+    commands.add_parser("docs", help="render README and notebooks as a site that opens from disk: _docs/index.html")
     commands.add_parser("readme", help="fill the generated blocks of README.md")
     a, rest = parser.parse_known_args(arguments)
     if rest and (a.command != "reproduce" or any(r.startswith("-") for r in rest)): parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if a.command == "reproduce": a.parameters += rest  # NAME=VALUE may stand between options
     run = dict(reproduce=_reproduce, download=_download, prepare=_prepare, data=_card, bench=_bench, ship=_ship, predict=_predict,
-               search=_search, convert=_convert, readme=_readme)
+               search=_search, convert=_convert, page=_page, docs=_docs, readme=_readme)
     try:
         status = run[a.command](a)
         sys.stdout.flush()
@@ -992,12 +995,14 @@ def _reproduce(a: argparse.Namespace) -> int:
     profile = overrides.pop("profile", a.profile)
     overrides |= {k: str(Path(overrides[k]).resolve()) for k in _PATHS if overrides.get(k) and Path(overrides[k]).exists()}
     root, started = project_root(), time.monotonic()
+    from xxact.pages import write_index
     copies = reproduce(profile, a.only or (experiments(root) if a.all else MAIN), overrides)
     made = [f for copy in copies for f in json.loads((copy.parent / f".{copy.stem}.done").read_text())["figures"]]
     if "results.csv" in made: print(f"\n{conditions(profile, root)}\n\n{results_table(profile, root)}\n")
     for picture in made:
         if picture.endswith(".png"): print(Path("figures") / profile / picture)
     for copy in copies: print(copy.with_suffix(".html").relative_to(root))
+    print(write_index(profile, root).relative_to(root))
     print(f"{time.monotonic() - started:.0f} s")
     return 0
 
@@ -1161,6 +1166,20 @@ def _convert(a: argparse.Namespace) -> int:
         write_pattern(read_pattern(file, a.wavelength, a.unit), target)
         tqdm.write(_shown(target))
     return _status(_one_by_one(a.files, convert))
+
+
+def _page(a: argparse.Namespace) -> int:
+    from xxact.pages import write_index
+    root = project_root()
+    print(write_index(a.profile, root).relative_to(root))
+    return 0
+
+
+def _docs(a: argparse.Namespace) -> int:
+    from xxact.pages import write_site
+    root = project_root()
+    print(write_site(root=root).relative_to(root))
+    return 0
 
 
 def _readme(a: argparse.Namespace) -> int:

@@ -709,7 +709,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", default=value, type=type(value), help=f"{text}{'; ' if text else ''}default: {value}")
     parser.add_argument("--deterministic", action="store_true", help="the same bits again on the same GPU, slower")
     a = parser.parse_args(arguments)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(REQUEUE))  # there is nothing to save yet
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(REQUEUE))  # there is nothing to save yet
     try:
         if a.task == "pretrain" and (a.pretrained or a.targets): raise ValueError("--pretrained and --targets are of finetune; leave them out")
         world = int(os.environ.get("WORLD_SIZE", 1))
