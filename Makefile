@@ -5,7 +5,7 @@ BIN := .venv/bin
 # parameters given on the command line (PROFILE=laptop EPOCHS=20 …) go to the experiments
 GIVEN = $(foreach v,$(filter-out PIP_ARGS PYTHON MAKEOVERRIDES MAKEFLAGS,$(.VARIABLES)),$(if $(findstring command line,$(origin $v)),'$v=$($v)'))
 
-.PHONY: setup reproduce test test-slow lab readme clean
+.PHONY: setup reproduce test test-slow lab docs readme clean
 setup: .venv/.ready
 
 .venv/.ready: constraints.txt pyproject.toml
@@ -27,6 +27,9 @@ test-slow: setup
 
 lab: setup
 	$(BIN)/jupyter lab nbs
+
+docs: setup
+	$(BIN)/xxact docs
 
 readme: setup
 	$(BIN)/xxact readme

@@ -343,8 +343,8 @@ def plot_measured(
         rendered = np.sqrt(rendered / max(rendered.max(), 1e-9))
         ax.plot(x, y, lw=0.6); ax.plot(x, -rendered, color="C3", lw=0.6); ax.axhline(0, color="0.4", lw=0.5)
         ax.set(yticks=[], xlim=(x[0], x[-1]), ylim=(-1.05, 1.05)); ax.set_title(name, loc="left", fontsize=7, pad=2)
-        parts += [pl.DataFrame(dict(name=name, what=what, two_theta=a.astype(float), root_intensity=h.astype(float)))
-                  for what, a, h in (("measured", x, y), ("rendered", x, rendered))]
+        parts += [pl.DataFrame(dict(name=name, what=what, two_theta=x.round(3), root_intensity=h.round(4)))
+                  for what, h in (("measured", y), ("rendered", rendered))]
     axes[-1, 0].set_xlabel("2θ (degrees); √ intensity, measured above, rendered below")
     return fig, pl.concat(parts)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PatternLike', 'CASES', 'SYSTEM_OF_GROUP', 'COVERAGE', 'WITHIN', 'KNOWN', 'KEPT_PEAKS', 'RERANKED', 'MOVED',
            'NEIGHBOURS', 'SHORTLIST', 'SHIPPED', 'AS_MEASURED', 'Input', 'as_inputs', 'batch_inputs', 'Raw', 'ask',
-           'probabilities', 'fit_case', 'mix', 'of_systems', 'fit_mix', 'spread_of', 'Hits', 'Index', 'make_index',
+           'of_systems', 'probabilities', 'fit_case', 'mix', 'fit_mix', 'spread_of', 'Hits', 'Index', 'make_index',
            'strongest_peaks', 'peak_match', 'Predictor', 'as_measured', 'measured_set', 'formula_of', 'make_predictor',
            'read_references', 'score_references', 'score_predictor']
 
@@ -135,6 +135,11 @@ def ask(
     return Raw(*(torch.cat([getattr(p, field) for p in parts]) for field in Raw._fields))
 
 
+def of_systems(group: Tensor) -> Tensor:  # (n, 230) to (n, 7)
+    "Probabilities of the crystal systems."
+    return torch.zeros(len(group), 7, dtype=group.dtype).index_add(1, SYSTEM_OF_GROUP, group)
+
+
 def probabilities(
     raw: Raw,
     temperature: Tensor,  # (2,) of the crystal system's and the space group's logits; or (n, 2)
@@ -209,11 +214,6 @@ def mix(
     votes = torch.cat([steep.exp() * (match + same * own), (constant + sure * network.amax(1))[:, None]], 1).softmax(1)
     groups = torch.zeros(len(network), 231, dtype=votes.dtype).scatter_add(1, space_group.long(), votes[:, :-1])[:, 1:] + votes[:, -1:] * network
     return groups / groups.sum(1, keepdim=True)
-
-
-def of_systems(group: Tensor) -> Tensor:  # (n, 230) to (n, 7)
-    "Probabilities of the crystal systems."
-    return torch.zeros(len(group), 7, dtype=group.dtype).index_add(1, SYSTEM_OF_GROUP, group)
 
 
 def fit_mix(
