@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'page', 'with_mathml', 'markdown', 'heading', 'executed_parameters', 'is_whole_png', 'write_index',
            'site_pages', 'write_site']
 
-# %% ../nbs/15_pages.ipynb #91af2472
+# %% ../nbs/15_pages.ipynb #26c8a611
 import html
 import json
 import os
@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from .reproduce import defaults, experiments, parameters, project_root, results_table
 
-# %% ../nbs/15_pages.ipynb #0da6ae6b
+# %% ../nbs/15_pages.ipynb #72a16245
 STYLE = """
 :root { color-scheme: light; } * { box-sizing: border-box; }
 body { max-width: 62rem; margin: 0 auto; padding: 0.5rem 1rem 4rem; font: 1rem/1.5 system-ui, sans-serif; color: #222; overflow-wrap: break-word; }
@@ -28,7 +28,8 @@ h1, h2, h3 { line-height: 1.2; margin: 2rem 0 0.6rem; } h1 { margin-top: 1rem; }
 img, svg { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { font-size: 0.85rem; color: #555; }
 pre, table, math[display=block] { display: block; overflow-x: auto; max-width: 100%; } pre { padding: 0.5rem; font-size: 0.82rem; line-height: 1.4; }
 .highlight pre, code { background: #f6f6f6; } .prompt { display: none; } blockquote { margin: 0; color: #555; }
-table { border-collapse: collapse; font-size: 0.85rem; } td, th { padding: 0.15rem 0.6rem; border-bottom: 1px solid #eee; text-align: right; min-width: 5rem; }
+table { border-collapse: collapse; font-size: 0.85rem; }
+td, th { padding: 0.15rem 0.6rem; border-bottom: 1px solid #eee; text-align: right; min-width: 5rem; }
 td:first-child, th:first-child { text-align: left; } .missing { color: #a33; } details { margin: 0.5rem 0; }
 .output_html, .output_text, .output_subarea { overflow-x: auto; } .output_stderr { color: #777; }
 """
@@ -45,7 +46,7 @@ def page(
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n")
 
-# %% ../nbs/15_pages.ipynb #da5bb296
+# %% ../nbs/15_pages.ipynb #c0a99990
 _CODE_OR_MATH = re.compile(r"(```.*?```|`[^`\n]+`)|\$\$(.+?)\$\$|(?<!\w)\$([^\s$](?:[^$\n]*[^\s$])?)\$(?!\w)", re.DOTALL)
 
 
@@ -65,7 +66,7 @@ def markdown(
     from nbconvert.filters import markdown2html
     return markdown2html(with_mathml(text))
 
-# %% ../nbs/15_pages.ipynb #90611e1a
+# %% ../nbs/15_pages.ipynb #f55bd1f4
 def heading(
     path: Path,  # a notebook or a Markdown file
 ) -> tuple[str, str]:
@@ -118,7 +119,8 @@ def _experiment(root: Path, profile: str, name: str, notebook: Path, link: Calla
     links = [f'<a href="{link(p)}">{text}</a>' for p, text in files if p.exists()]
     if copy.exists() and given is None: parts.append(_missing(f"The executed copy {copy.name} is half-written or damaged."))
     elif not copy.exists():
-        parts.append("<p>Not run here; the figures are those of the repository.</p>" if pictures else _missing(f"Not run with the profile {profile}."))
+        here = "<p>Not run here; the figures are those of the repository.</p>"
+        parts.append(here if pictures else _missing(f"Not run with the profile {profile}."))
     rows = "".join(f"<tr><td>{k}</td><td>{html.escape(str(v))}</td><td>{'' if v == usual.get(k) else 'not the default'}</td></tr>"
                    for k, v in values.items())
     parts += [f"<pre><code>{html.escape(command)}</code></pre>", f"<p>{' · '.join(links)}</p>",
@@ -145,7 +147,7 @@ def write_index(
     out.write_text(page(f"xxact: {profile}", body), encoding="utf-8")
     return out
 
-# %% ../nbs/15_pages.ipynb #22e9ddbb
+# %% ../nbs/15_pages.ipynb #4210d61f
 _LINK = re.compile(r'(<(?:a|img)\b[^>]*?\b(?:href|src)=")([^"#]+)((?:#[^"]*)?")')
 
 
@@ -193,7 +195,8 @@ def write_site(
             if source.suffix == ".md": body = markdown(source.read_text(encoding="utf-8"))
             else: body, _ = exporter.from_notebook_node(_notebook(source))
         except Exception as e: raise ValueError(f"{source.relative_to(root)} cannot be rendered: {e}") from e  # of any kind of damage
-        near = [("contents", pages[0])] + [(f"← {heading(p)[0]}", p) for p in pages[1:i][-1:]] + [(f"{heading(p)[0]} →", p) for p in pages[i + 1 : i + 2]]
+        near = [("contents", pages[0]), *((f"← {heading(p)[0]}", p) for p in pages[1:i][-1:])]
+        near += [(f"{heading(p)[0]} →", p) for p in pages[i + 1 : i + 2]]
         links = [(text, posixpath.relpath(address(p), posixpath.dirname(address(source)) or ".")) for text, p in near if p != source]
         if i == 0:
             items = "".join(f'<li><a href="{address(p)}">{html.escape(heading(p)[0])}</a> {html.escape(heading(p)[1])}</li>' for p in pages[1:])
