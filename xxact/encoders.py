@@ -89,6 +89,17 @@ class Block(nn.Module):
         self.query, self.key_value, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
+    def attention(
+        self,
+        t: Tokens,
+        context: Tokens,
+    ) -> Tensor:  # (n, heads, tokens, tokens of the context), rows sum to 1
+        "How much each token reads of each token of the context, where neither has a position."
+        query, key = self.query(self.norm(t.x)), self.key_value(self.norm_context(context.x)).chunk(2, -1)[0]
+        query, key = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key))
+        score = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+        return score.masked_fill(~context.mask[:, None, None], -math.inf).softmax(-1)
+
     def forward(
         self,
         t: Tokens,

@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['regression_scores', 'classification_scores', 'calibration_error', 'scores', 'dummy', 'absolute_errors',
            'bootstrap_means', 'relative_change', 'retrieval', 'speed_up', 'power_law', 'power_law_with_floor',
-           'elemental_statistics', 'boosted_trees']
+           'elemental_statistics', 'boosted_trees', 'Effects', 'occlusion']
 
 # %% ../nbs/10_evaluate.ipynb #4e79d141
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .composition import element_descriptors
-from .fusion import LOG_TARGETS
-from .materials import MaterialSet, crystal_system
+from .diffraction import Peaks
+from .fusion import LOG_TARGETS, XxaCT
+from .materials import Batch, MaterialSet, crystal_system
 from .trainer import Predictions
 
 # %% ../nbs/10_evaluate.ipynb #f02707b2
@@ -214,3 +217,45 @@ def boosted_trees(
     result.crystal_system[:] = 0
     result.crystal_system[:, classifier.classes_] = classifier.predict_proba(new)
     return result
+
+# %% ../nbs/10_evaluate.ipynb #e65a9de4
+class Effects(NamedTuple):
+    """How predictions change where something is taken away: for each target (standardised units) and for `crystal_system` (ln of the true class's
+    probability, NaN where that is unknown)."""
+
+    peaks: dict[str, Tensor]  # (n, k) each, 0 where there is no peak
+    elements: dict[str, Tensor]  # (n, e) each, 0 where there is no element
+
+
+@torch.no_grad()
+def occlusion(
+    model: XxaCT,  # of both modalities, with peaks as tokens
+    batch: Batch,
+    batch_size: int = 256,
+) -> Effects:
+    "Take away each peak, and each element, in turn. Raises `ValueError` for a model without peaks or without a composition."
+    if model.config["modalities"] != "both" or model.config["tokeniser"] != "peaks":
+        raise ValueError("occlusion needs a model with modalities='both' and tokeniser='peaks'")
+    seen = batch._replace(reflections=model.see(batch.reflections))
+    p, truth = seen.reflections, crystal_system(batch.space_group)
+
+    def answers(b: Batch, row: Tensor) -> dict[str, Tensor]:
+        out = model(b)
+        values = dict(zip(model.config["targets"], out.targets.T, strict=True))
+        right = out.crystal_system.log_softmax(1).gather(1, truth[row, None].clamp(min=0))[:, 0]
+        return values | dict(crystal_system=torch.where(truth[row] < 0, math.nan, right))
+
+    whole = answers(seen, torch.arange(len(truth)))
+
+    def without(there: Tensor, drop: Callable[[Batch, Tensor], Batch]) -> dict[str, Tensor]:
+        effects = {k: torch.zeros(there.shape) for k in whole}
+        for places in there.nonzero().split(batch_size):
+            row, column = places.T
+            some = Batch(*(x._replace(**{k: getattr(x, k)[row] for k in x._fields}) if isinstance(x, Peaks) else x[row] for x in seen))
+            for k, v in answers(drop(some, column), row).items(): effects[k][row, column] = v - whole[k][row]
+        return effects
+
+    cut = lambda x, column: x.scatter(1, column[:, None], 0)
+    no_peak = lambda b, column: b._replace(reflections=p.__class__(b.reflections.ln_q, cut(b.reflections.intensity, column), b.reflections.limits))
+    no_element = lambda b, column: b._replace(atomic_numbers=cut(b.atomic_numbers, column), fractions=cut(b.fractions, column))
+    return Effects(without(p.intensity > 0, no_peak), without(batch.atomic_numbers > 0, no_element))

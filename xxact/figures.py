@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LABELS', 'COLUMN', 'style', 'axis_label', 'save_figure', 'plot_distributions', 'plot_patterns', 'plot_losses',
            'plot_reconstructions', 'plot_parity', 'plot_comparison', 'plot_residuals', 'plot_convergence',
-           'plot_speed_ups', 'plot_scaling', 'plot_gains', 'plot_measured', 'plot_accuracies']
+           'plot_speed_ups', 'plot_scaling', 'plot_gains', 'plot_measured', 'plot_accuracies', 'plot_attention',
+           'plot_occlusion', 'plot_robustness']
 
 # %% ../nbs/13_figures.ipynb #fcf8d6a9
 from collections.abc import Sequence
@@ -368,3 +369,74 @@ def plot_accuracies(
     handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), fontsize=6, loc="outside lower center", ncols=len(groups))
     return fig, df
+
+# %% ../nbs/13_figures.ipynb #7ae287b7
+def plot_attention(
+    df: "pl.DataFrame",  # columns material, element, two_theta, intensity, attention, hkl, effect
+) -> tuple["Figure", "pl.DataFrame"]:
+    "Peaks of each material, coloured by how much an element reads them, a line of panels a material; below, the effect of each peak."
+    import matplotlib.pyplot as plt
+    import polars as pl
+
+    names = df["material"].unique(maintain_order=True).to_list()
+    elements = [df.filter(material=m)["element"].unique(maintain_order=True).to_list() for m in names]
+    wide, rows = max(map(len, elements)), len(names)
+    fig, axes = plt.subplots(2 * rows, wide, figsize=(2.4 * wide, 1.35 * rows), squeeze=False, sharex=True, height_ratios=[3, 1] * rows)
+    for row, (name, symbols) in enumerate(zip(names, elements)):
+        most = df.filter(material=name)["attention"].max()
+        for column, pair in enumerate(axes[2 * row : 2 * row + 2].T):
+            if column >= len(symbols): pair[0].axis("off"); pair[1].axis("off"); continue
+            part = df.filter((pl.col("material") == name) & (pl.col("element") == symbols[column]))
+            x, height = part["two_theta"].to_numpy(), np.sqrt(part["intensity"].to_numpy())
+            pair[0].vlines(x, 0, height, color=plt.cm.viridis_r(0.1 + 0.9 * part["attention"].to_numpy() / most), lw=1.6)
+            for at, h, label in zip(x, height, part["hkl"]): pair[0].text(at, h + 0.03, label, fontsize=5, ha="center", va="bottom")
+            title = symbols[column] + (f" in {name}" if column == 0 else "")
+            pair[0].set(yticks=[], ylim=(0, 1.25)); pair[0].set_title(title, loc="left", fontsize=7, pad=2)
+            pair[1].vlines(x, 0, part["effect"].to_numpy(), color="0.3", lw=1); pair[1].axhline(0, color="0.6", lw=0.5)
+            pair[1].tick_params(labelsize=5)
+    for ax in axes[-1]: ax.set_xlabel("2θ, Cu Kα (degrees)", fontsize=7)
+    fig.supylabel("√ intensity, dark: read most; below: change of ln p of the crystal system", fontsize=7)
+    return fig, df
+
+
+def plot_occlusion(
+    df: "pl.DataFrame",  # columns taken, what, by, rank correlation
+) -> tuple["Figure", "pl.DataFrame"]:
+    "Distributions over materials of how well something ranks what matters."
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    taken = df["taken"].unique(maintain_order=True).to_list()
+    fig, axes = plt.subplots(1, len(taken), figsize=(COLUMN * len(taken), 0.34 * df["what"].n_unique() + 1.1), squeeze=False, sharex=True)
+    for ax, t in zip(axes[0], taken):
+        part = df.filter(taken=t)
+        part = part.with_columns(part["what"].replace({k: LABELS.get(k, k.replace("_", " ")) for k in part["what"].unique()}))
+        sns.boxplot(part.to_dict(as_series=False), x="rank correlation", y="what", hue="by", ax=ax, fliersize=0, linewidth=0.7, width=0.7)
+        ax.axvline(0, color="0.6", lw=0.5, zorder=0)
+        ax.set(ylabel="", title=f"{t} taken away", xlim=(-1, 1)); ax.legend(title="", loc="upper center", bbox_to_anchor=(0.5, -0.25), ncol=2)
+    return fig, df
+
+# %% ../nbs/13_figures.ipynb #a1dc248a
+def plot_robustness(
+    df: "pl.DataFrame",  # columns factor, level, arm, seed, and a column a measure
+    labels: dict[str, str],  # of the measures
+) -> tuple["Figure", "pl.DataFrame"]:
+    "Errors against what makes a measurement worse: a column a factor, a row a measure, a line an arm; mean and range over the seeds."
+    import matplotlib.pyplot as plt
+    import polars as pl
+
+    factors, arms = (df[c].unique(maintain_order=True).to_list() for c in ("factor", "arm"))
+    over = [f(m).alias(f"{m}/{name}") for m in labels for name, f in (("mean", pl.mean), ("low", pl.min), ("high", pl.max))]
+    drawn = df.group_by("factor", "level", "arm", maintain_order=True).agg(over)
+    fig, axes = plt.subplots(len(labels), len(factors), figsize=(1.35 * len(factors) + 0.6, 1.15 * len(labels) + 0.6), squeeze=False, sharey="row")
+    for row, (measure, label) in zip(axes, labels.items()):
+        row[0].set_ylabel(label, fontsize=6)
+        for ax, factor in zip(row, factors):
+            for i, (arm, marker) in enumerate(zip(arms, "os^D")):
+                part = drawn.filter((pl.col("factor") == factor) & (pl.col("arm") == arm))
+                x, (mean, low, high) = np.arange(len(part)), (part[f"{measure}/{k}"].to_numpy() for k in ("mean", "low", "high"))
+                ax.fill_between(x, low, high, color=f"C{i}", alpha=0.2, lw=0); ax.plot(x, mean, f"C{i}{marker}-", ms=3, label=arm)
+            ax.set_xticks(x, [f"{v:g}" for v in part["level"]], fontsize=5); ax.tick_params(axis="y", labelsize=6)
+    for ax, factor in zip(axes[-1], factors): ax.set_xlabel(factor.replace(" (", "\n(").replace(" /", "\n/").replace(" at", "\nat"), fontsize=6)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=len(arms))
+    return fig, drawn

@@ -72,6 +72,21 @@ class CrossFusion(nn.Module):
         c, x = (Tokens(norm(t.x[:, 1:]), t.mask[:, 1:]) for norm, t in zip(self.norm, (c, x), strict=True))
         return c, x._replace(ln_q=xrd.ln_q)
 
+    def attention(
+        self,
+        composition: Tokens,
+        xrd: Tokens,
+        keep: Tensor,  # (n, 2) bool
+    ) -> tuple[Tensor, Tensor]:
+        """How much each element reads of each XRD token (n, depth, heads, e, k), and each XRD token of each element (n, depth, heads, k, e).
+        What is read of the learned token of each side is left out, so that rows sum to less than 1."""
+        c, x = (self._led(t, i, keep) for i, t in enumerate((composition, xrd)))
+        read = []
+        for to_composition, to_xrd in zip(self.to_composition, self.to_xrd, strict=True):
+            read.append((to_composition.attention(c, x), to_xrd.attention(x, c)))
+            c, x = to_composition(c, x), to_xrd(x, c)
+        return tuple(torch.stack(a, 1)[..., 1:, 1:] for a in zip(*read, strict=True))
+
     def _led(self, t: Tokens, i: int, keep: Tensor) -> Tokens:
         "Tokens behind the learned one; those of a dropped modality are masked."
         first = self.absent[i].expand(len(t.x), 1, -1)
@@ -132,17 +147,25 @@ class XxaCT(nn.Module):
         x = self.xrd(batch.reflections) if hasattr(self, "xrd") else None
         return c, x, torch.ones(len(batch.composition), 2, dtype=torch.bool, device=batch.composition.device) if keep is None else keep
 
+    def pooled(
+        self,
+        batch: Batch,  # its reflections may be what `see` made of them
+        keep: Tensor | None = None,  # (n, 2) bool: composition, XRD are there; None: both
+    ) -> Tensor:  # (n, 4 width), or 2 width of one modality
+        "What encoders and fusion, which pretraining has trained, make of a batch; nothing of what only labels train."
+        c, x, keep = self.encode(batch, keep)
+        if hasattr(self, "fusion"): c, x = self.fusion(c, x, keep)
+        pooled = [pool(t) for t in (c, x) if t is not None]
+        if len(pooled) == 2: pooled = [torch.where(keep[:, i : i + 1], p, self.absent[i].to(p.dtype)) for i, p in enumerate(pooled)]
+        return torch.cat(pooled, -1)
+
     def forward(
         self,
         batch: Batch,  # its reflections may be what `see` made of them
         keep: Tensor | None = None,  # (n, 2) bool: composition, XRD are there; None: both
     ) -> Output:
         "Properties and symmetry of a batch."
-        c, x, keep = self.encode(batch, keep)
-        if hasattr(self, "fusion"): c, x = self.fusion(c, x, keep)
-        pooled = [pool(t) for t in (c, x) if t is not None]
-        if len(pooled) == 2: pooled = [torch.where(keep[:, i : i + 1], p, self.absent[i].to(p.dtype)) for i, p in enumerate(pooled)]
-        embedding = self.join(torch.cat(pooled, -1))
+        embedding = self.join(self.pooled(batch, keep))
         out = self.head(embedding).float()
         return Output(*out.split([len(self.target_mean), len(CRYSTAL_SYSTEMS), 230], 1), embedding)
 

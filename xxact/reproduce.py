@@ -166,6 +166,7 @@ def check_parameters(
         if not split_list(params.get(key, "x")): raise ValueError(f"{key} is empty; give at least one")
     for model in split_list(params.get("models", "")): choose("models", model, MODELS)
     if experiment in ARMS: choose_arms(params["arms"], experiment)
+    for augment in split_list(params.get("augments", "")): choose("augments", augment, tuple(AUGMENTATIONS))
     for split in split_list(params.get("splits", "")): choose("splits", split, ("composition", "chemistry"))
     for share in split_list(params.get("shares", "")):
         try: right = 0 < float(share) <= 1
