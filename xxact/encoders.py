@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENISERS', 'waves', 'geometric', 'Rotary', 'rotary', 'Tokens', 'Present', 'Block', 'pool', 'CompositionEncoder',
-           'PeakTokens', 'Patches', 'PatchTokens', 'XRDEncoder']
+           'PeakTokens', 'Patches', 'PatchTokens', 'PeaksAndPatches', 'HybridTokens', 'XRDEncoder']
 
 # %% ../nbs/05_encoders.ipynb #dcf63e6a
 import math
@@ -134,12 +134,18 @@ def pool(t: Tokens) -> Tensor:  # (n, 2 width)
 class CompositionEncoder(nn.Module):
     "Transformer over (element, fraction) tokens."
 
-    def __init__(self, width: int, depth: int, heads: int):
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        elements: str = "both",  # what is known of an element: a learned embedding, its fixed descriptors, or both
+    ):
         super().__init__()
         self.register_buffer("descriptors", torch.from_numpy(element_descriptors()), persistent=False)
         self.register_buffer("frequencies", geometric(math.pi, 128 * math.pi, 8), persistent=False)
-        self.element = nn.Embedding(N_ELEMENTS + 1, width)
-        self.properties = nn.Linear(self.descriptors.shape[1], width)
+        if elements != "fixed": self.element = nn.Embedding(N_ELEMENTS + 1, width)
+        if elements != "learned": self.properties = nn.Linear(self.descriptors.shape[1], width)
         self.amount = nn.Linear(2 * 2 * len(self.frequencies) + 1, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -152,8 +158,9 @@ class CompositionEncoder(nn.Module):
         "A token an element, in no order."
         log = fractions.clamp(min=1e-4).log() / 9.3  # 0 to -1
         amount = torch.cat([waves(fractions, self.frequencies), waves(log, self.frequencies), log[..., None]], -1)
-        x = self.element(atomic_numbers) + self.properties(self.descriptors[atomic_numbers]) + self.amount(amount)
-        t = Tokens(x, atomic_numbers > 0)
+        known = [self.element(atomic_numbers)] if hasattr(self, "element") else []
+        if hasattr(self, "properties"): known.append(self.properties(self.descriptors[atomic_numbers]))
+        t = Tokens(sum(known[1:], known[0]) + self.amount(amount), atomic_numbers > 0)
         for block in self.blocks: t = block(t)
         return t._replace(x=self.norm(t.x))
 
@@ -161,9 +168,15 @@ class CompositionEncoder(nn.Module):
 class PeakTokens(nn.Module):
     "Peaks as tokens, with the limits of the measurement as two more."
 
-    def __init__(self, width: int, n_peaks: int = N_PEAKS):
+    def __init__(
+        self,
+        width: int,
+        n_peaks: int = N_PEAKS,
+        which_peaks: str = "lowest",  # of too many: those of lowest angle, or the strongest
+    ):
         super().__init__()
-        self.n_peaks, self.full = n_peaks, n_peaks + 2  # a list of `full` tokens may have been cut
+        self.n_peaks, self.which_peaks = n_peaks, which_peaks
+        self.full = n_peaks + 2 if which_peaks == "lowest" else math.inf  # a list of `full` tokens may have been cut at its end
         self.register_buffer("frequencies", geometric(1, 3000, 32), persistent=False)
         self.content = nn.Linear(2 * len(self.frequencies) + 3, width)
         self.limit = nn.Parameter(torch.randn(2, width) * 0.02)
@@ -174,8 +187,12 @@ class PeakTokens(nn.Module):
         visible: Tensor | None = None,  # hidden reflections are gone already
         limits: Tensor | None = None,  # (n, 2) ln q where each measurement begins and ends, best on the CPU; None: everything is seen
     ) -> Peaks:
-        "The peaks of lowest angle."
-        return peaks(r, self.n_peaks, limits=None if limits is None else upload(limits, r.ln_d.device))
+        "The peaks of lowest angle, or the strongest."
+        limits = None if limits is None else upload(limits, r.ln_d.device)
+        if self.which_peaks == "lowest": return peaks(r, self.n_peaks, limits=limits)
+        p = peaks(r, 512, limits=limits)
+        place = p.intensity.topk(self.n_peaks, dim=1).indices.sort(1).values
+        return p._replace(ln_q=p.ln_q.gather(1, place), intensity=p.intensity.gather(1, place))
 
     def forward(self, p: Peaks) -> Tokens:
         "Tokens of a list of peaks."
@@ -194,15 +211,28 @@ class Patches(NamedTuple):
     mask: Tensor  # (n, k) bool, True where there is a patch
 
 
+class _Rows(nn.Sequential):
+    "Layers for (rows, channels, points), applied to (n, k, channels, points)."
+
+    def forward(self, x: Tensor) -> Tensor: return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
 class PatchTokens(nn.Module):
     "Windows of the √-intensity pattern as tokens, two patches a window."
 
-    def __init__(self, width: int, points: int = 64):
+    def __init__(
+        self,
+        width: int,
+        points: int = 64,
+        stem: str = "linear",  # or conv
+    ):
         super().__init__()
         self.points, self.n, self.full = points, 2 * N_WINDOWS, math.inf
         self.fwhm = 3 * WINDOW / points
         self.register_buffer("ln_q", LN_Q[0] + WINDOW / 2 * (torch.arange(self.n) + 0.5), persistent=False)
-        self.content = nn.Linear(points // 2, width)
+        self.content = nn.Linear(points // 2, width) if stem == "linear" else nn.Sequential(
+            nn.Unflatten(-1, (1, -1)), _Rows(nn.Conv1d(1, 16, 5, padding=2), nn.GELU(), nn.Conv1d(16, 32, 5, 2, padding=2), nn.GELU()),
+            nn.Flatten(-2), nn.Linear(32 * points // 4, width))
         self.place = nn.Parameter(torch.randn(self.n, width) * 0.02)
 
     def see(
@@ -228,16 +258,50 @@ class PatchTokens(nn.Module):
         return Tokens(self.content(p.pattern) + self.place[p.place], p.mask, self.ln_q[p.place])
 
 
-TOKENISERS = dict(peaks=PeakTokens, patches=PatchTokens)
+class PeaksAndPatches(NamedTuple):
+    "Both of one pattern."
+
+    peaks: Peaks
+    patches: Patches
+
+
+class HybridTokens(nn.Module):
+    "Peaks and patches together."
+
+    def __init__(self, width: int, **options: object):  # of the peaks
+        super().__init__()
+        self.peaks, self.patches, self.full = PeakTokens(width, **options), PatchTokens(width), math.inf
+
+    def see(self, r: Reflections, visible: Tensor | None = None, limits: Tensor | None = None) -> PeaksAndPatches:
+        "What either tokeniser sees."
+        return PeaksAndPatches(self.peaks.see(r, visible, limits), self.patches.see(r, visible, limits))
+
+    def forward(self, p: PeaksAndPatches) -> Tokens:
+        "Tokens of both."
+        return Tokens(*(torch.cat(pair, 1) for pair in zip(self.peaks(p.peaks), self.patches(p.patches), strict=True)))
+
+
+def _conv_patches(width: int) -> PatchTokens: return PatchTokens(width, stem="conv")
+
+
+TOKENISERS = dict(peaks=PeakTokens, patches=PatchTokens, conv=_conv_patches, hybrid=HybridTokens)
 
 
 class XRDEncoder(nn.Module):
     "Transformer over XRD tokens with rotary attention in ln q. Raises `ValueError` for an unknown tokeniser."
 
-    def __init__(self, width: int, depth: int, heads: int, tokeniser: str = "peaks"):
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        tokeniser: str = "peaks",  # peaks, patches, conv (patches through a convolutional stem), hybrid (peaks and patches)
+        rotary: bool = True,  # attention that turns with ln q
+        **options: object,  # of the peaks, see `PeakTokens`
+    ):
         super().__init__()
         if tokeniser not in TOKENISERS: raise ValueError(f"tokeniser {tokeniser!r} does not exist; choose from {', '.join(TOKENISERS)}")
-        self.tokenise = TOKENISERS[tokeniser](width)
+        self.tokenise, self.rotary = TOKENISERS[tokeniser](width, **options), rotary
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head_width = width // heads
@@ -247,16 +311,16 @@ class XRDEncoder(nn.Module):
         r: Reflections,
         visible: Tensor | None = None,  # (n, N_WINDOWS) bool; tokens of hidden windows are never made
         limits: Tensor | None = None,  # (n, 2) ln q where each measurement begins and ends; None: everything is seen
-    ) -> Peaks | Patches:
+    ) -> Peaks | Patches | PeaksAndPatches:
         "What the tokeniser sees of reflections: no weights take part."
         return self.tokenise.see(r if visible is None else hide(r, upload(visible, r.ln_d.device)), visible, limits)
 
     def forward(
         self,
-        pattern: Reflections | Peaks | Patches,  # reflections, or what `see` made of them
+        pattern: Reflections | Peaks | Patches | PeaksAndPatches,  # reflections, or what `see` made of them
     ) -> Tokens:
         "Tokens of the pattern, with their positions."
         t = self.tokenise(self.see(pattern) if isinstance(pattern, Reflections) else pattern)
-        turn = rotary(t.ln_q, self.head_width)
+        turn = rotary(t.ln_q, self.head_width) if self.rotary else None
         for block in self.blocks: t = block(t, turn=turn)
         return t._replace(x=self.norm(t.x))

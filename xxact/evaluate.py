@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['regression_scores', 'classification_scores', 'calibration_error', 'scores', 'dummy', 'absolute_errors',
            'bootstrap_means', 'relative_change', 'retrieval', 'speed_up', 'power_law', 'power_law_with_floor',
-           'elemental_statistics', 'boosted_trees', 'Effects', 'occlusion']
+           'elemental_statistics', 'boosted_trees', 'represent', 'probe', 'aligned', 'Effects', 'occlusion']
 
 # %% ../nbs/10_evaluate.ipynb #4e79d141
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .composition import element_descriptors
 from .diffraction import Peaks
-from .fusion import LOG_TARGETS, XxaCT
+from .fusion import LOG_TARGETS, XxaCT, choose
 from .materials import Batch, MaterialSet, crystal_system
 from .trainer import Predictions
 
@@ -217,6 +217,56 @@ def boosted_trees(
     result.crystal_system[:] = 0
     result.crystal_system[:, classifier.classes_] = classifier.predict_proba(new)
     return result
+
+# %% ../nbs/10_evaluate.ipynb #36b7becc
+@torch.no_grad()
+def represent(
+    model: XxaCT,
+    data: MaterialSet,
+    index: Tensor,  # materials
+    keep: tuple[bool, bool] = (True, True),  # whether composition and XRD are shown
+    batch_size: int = 256,
+) -> np.ndarray:  # (n, 4 width); of one modality 2 width
+    "What encoders and fusion make of materials."
+    device = next(model.parameters()).device
+    parts = [model.eval().pooled(data.batch(i).to(device), torch.tensor([keep] * len(i), device=device)) for i in index.split(batch_size)]
+    return torch.cat(parts).cpu().numpy()
+
+
+def probe(
+    known: np.ndarray,  # (m, w) representations with labels
+    labels: np.ndarray,  # (m,) numbers, NaN where unknown; classes, negative where unknown
+    asked: np.ndarray,  # (n, w)
+    kind: str = "linear",  # or nearest
+    classes: bool = False,
+) -> np.ndarray:  # (n,)
+    "What a simple learner makes of frozen representations. Raises `ValueError` where there is too little to learn from."
+    from sklearn.linear_model import LogisticRegression, RidgeCV
+    from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    choose("kind", kind, ("linear", "nearest"))
+    if not (np.isfinite(known).all() and np.isfinite(asked).all()): raise ValueError("the representation is not finite")
+    there = labels >= 0 if classes else np.isfinite(labels)
+    if there.sum() < 10 or (classes and len(np.unique(labels[there])) < 2):
+        raise ValueError(f"{there.sum()} labels of {len(np.unique(labels[there]))} kinds are too few to learn from")
+    learners = {("linear", False): RidgeCV(np.logspace(-2, 4, 13)), ("linear", True): LogisticRegression(C=0.1, max_iter=500),
+                ("nearest", False): KNeighborsRegressor(5, weights="distance"), ("nearest", True): KNeighborsClassifier(5, weights="distance")}
+    return make_pipeline(StandardScaler(), learners[kind, classes]).fit(known[there], labels[there]).predict(asked)
+
+
+def aligned(
+    known_from: np.ndarray,  # (m, v) of one modality
+    known_to: np.ndarray,  # (m, w) of the other, same materials
+    query: np.ndarray,  # (n, v) of the first, other materials
+    pool: np.ndarray,  # (n, w) of the second
+) -> tuple[Tensor, Tensor]:  # unit vectors (n, w) of both, for `retrieval`
+    "Take representations of one modality to the other by the linear map that does it best for known materials."
+    from sklearn.linear_model import Ridge
+    if not all(np.isfinite(x).all() for x in (known_from, known_to, query, pool)): raise ValueError("the representation is not finite")
+    scale = lambda x, like: (x - like.mean(0)) / like.std(0).clip(1e-6)
+    moved = Ridge(10.0).fit(scale(known_from, known_from), scale(known_to, known_to)).predict(scale(query, known_from))
+    return tuple(torch.nn.functional.normalize(torch.from_numpy(x).float(), dim=1) for x in (moved, scale(pool, known_to)))
 
 # %% ../nbs/10_evaluate.ipynb #e65a9de4
 class Effects(NamedTuple):

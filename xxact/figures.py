@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LABELS', 'COLUMN', 'style', 'axis_label', 'save_figure', 'plot_distributions', 'plot_patterns', 'plot_losses',
            'plot_reconstructions', 'plot_parity', 'plot_comparison', 'plot_residuals', 'plot_convergence',
-           'plot_speed_ups', 'plot_scaling', 'plot_gains', 'plot_measured', 'plot_accuracies', 'plot_attention',
-           'plot_occlusion', 'plot_robustness']
+           'plot_speed_ups', 'plot_scaling', 'plot_gains', 'plot_measured', 'plot_accuracies', 'plot_probes',
+           'plot_map', 'plot_effects', 'plot_attention', 'plot_occlusion', 'plot_robustness']
 
 # %% ../nbs/13_figures.ipynb #fcf8d6a9
 from collections.abc import Sequence
@@ -369,6 +369,82 @@ def plot_accuracies(
     handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), fontsize=6, loc="outside lower center", ncols=len(groups))
     return fig, df
+
+# %% ../nbs/13_figures.ipynb #7611156a
+def plot_probes(
+    df: "pl.DataFrame",  # columns arm, seed, probe, measure, error
+    labels: dict[str, str],  # of the measures
+) -> tuple["Figure", "pl.DataFrame"]:
+    "Errors of probes: a panel a measure, a line an arm, a marker a kind of probe; mean and range over the seeds."
+    import matplotlib.pyplot as plt
+    import polars as pl
+
+    error = pl.col("error")
+    drawn = df.group_by("arm", "probe", "measure", maintain_order=True).agg(error.mean(), low=error.min(), high=error.max())
+    arms, kinds = (drawn[c].unique(maintain_order=True).to_list() for c in ("arm", "probe"))
+    fig, axes = plt.subplots(1, len(labels), figsize=(1.7 * len(labels) + 0.8, 0.22 * len(arms) + 0.9), squeeze=False, sharey=True)
+    for ax, (measure, label) in zip(axes[0], labels.items()):
+        for i, (kind, marker) in enumerate(zip(kinds, "os")):
+            part = drawn.filter((pl.col("measure") == measure) & (pl.col("probe") == kind))
+            y = np.array([arms.index(a) for a in part["arm"]]) + 0.15 * (2 * i - 1)
+            ax.hlines(y, part["low"], part["high"], color=f"C{i}", alpha=0.6); ax.plot(part["error"], y, f"C{i}{marker}", ms=4, label=kind)
+        ax.set_xlabel(label.replace(" (", "\n("), fontsize=7); ax.grid(axis="x", lw=0.4); ax.set_yticks(range(len(arms)), arms)
+    axes[0, 0].invert_yaxis()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=2)
+    return fig, drawn
+
+
+def plot_map(
+    df: "pl.DataFrame",  # columns arm, by, x, y, group
+    at_most: int = 1500,  # points a panel
+) -> tuple["Figure", "pl.DataFrame"]:
+    "Materials in two dimensions: a column an arm, a row what they are coloured by."
+    import matplotlib.pyplot as plt
+    import polars as pl
+    import seaborn as sns
+
+    drawn = df.group_by("arm", "by", maintain_order=True).head(at_most)
+    arms, rows = (drawn[c].unique(maintain_order=True).to_list() for c in ("arm", "by"))
+    fig, axes = plt.subplots(len(rows), len(arms), figsize=(1.9 * len(arms) + 1.2, 1.9 * len(rows)), squeeze=False)
+    for row, by in zip(axes, rows):
+        groups = sorted(drawn.filter(by=by)["group"].unique())
+        for ax, arm in zip(row, arms):
+            part = drawn.filter((pl.col("arm") == arm) & (pl.col("by") == by))
+            for i, group in enumerate(groups):
+                some = part.filter(group=group)
+                ax.scatter(some["x"], some["y"], s=3, lw=0, color=sns.color_palette("colorblind", 10)[i % 10], label=group)
+            ax.set(xticks=[], yticks=[], title=arm if by == rows[0] else "")
+        row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3, fontsize=7)
+    return fig, drawn
+
+# %% ../nbs/13_figures.ipynb #1c7cf1de
+def plot_effects(
+    df: "pl.DataFrame",  # columns factor, variant, seed, measure, change
+    labels: dict[str, str],  # of the measures
+) -> tuple["Figure", "pl.DataFrame"]:
+    "Changes of the error by one choice at a time: a panel a measure, a line a variant; mean and range over the seeds."
+    import matplotlib.pyplot as plt
+    import polars as pl
+
+    change = pl.col("change")
+    drawn = df.group_by("factor", "variant", "measure", maintain_order=True).agg(change.mean(), low=change.min(), high=change.max())
+    variants = drawn.select("factor", "variant").unique(maintain_order=True).rows()
+    factors = list(dict.fromkeys(f for f, _ in variants))
+    at = {v: i + 0.6 * factors.index(v[0]) for i, v in enumerate(variants)}
+    height = 0.17 * (len(at) + 0.6 * len(factors)) + 0.8
+    fig, axes = plt.subplots(1, len(labels), figsize=(1.5 * len(labels) + 1.6, height), squeeze=False, sharey=True)
+    for ax, (measure, label) in zip(axes[0], labels.items()):
+        part = drawn.filter(measure=measure)
+        y = np.array([at[v] for v in part.select("factor", "variant").rows()])
+        colours = [f"C{factors.index(f)}" for f in part["factor"]]
+        ax.axvline(0, color="0.6", lw=0.6)
+        ax.hlines(y, 100 * part["low"], 100 * part["high"], color=colours, alpha=0.6); ax.scatter(100 * part["change"], y, s=12, c=colours, zorder=3)
+        ax.set_title(label.partition(" (")[0], fontsize=7); ax.tick_params(axis="x", labelsize=6); ax.grid(axis="x", lw=0.3)
+        ax.set_xscale("symlog", linthresh=10, linscale=1); ax.set_xticks([-30, -10, 0, 10, 30, 100], ["-30", "-10", "0", "10", "30", "100"])
+    axes[0, 0].set_yticks(list(at.values()), [f"{v}" if len(factors) == 1 else f"{f}: {v}" for f, v in at], fontsize=6)
+    axes[0, 0].invert_yaxis()
+    fig.supxlabel("change of the error on validation (%), worse to the right", fontsize=7)
+    return fig, drawn
 
 # %% ../nbs/13_figures.ipynb #7ae287b7
 def plot_attention(

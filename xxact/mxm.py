@@ -19,11 +19,14 @@ def hide_windows(
     n: int,  # materials
     share: float,  # of the windows that are hidden
     generator: torch.Generator,  # on the CPU
+    run: int = 1,  # neighbouring windows that are hidden together
 ) -> Tensor:  # (n, N_WINDOWS) bool, True: visible
     "Draw which windows each material shows."
     if not 0 < share < 1: raise ValueError(f"mask_share={share} must be between 0 and 1")
-    hidden = max(1, min(N_WINDOWS - 1, round(share * N_WINDOWS)))
-    return torch.rand(n, N_WINDOWS, generator=generator).argsort(1) >= hidden
+    if run < 1 or N_WINDOWS % run or run == N_WINDOWS: raise ValueError(f"mask_run={run} must divide {N_WINDOWS}, and be smaller")
+    runs = N_WINDOWS // run
+    hidden = max(1, min(runs - 1, round(share * runs)))
+    return (torch.rand(n, runs, generator=generator).argsort(1) >= hidden).repeat_interleave(run, 1)
 
 # %% ../nbs/07_mxm.ipynb #77cb5f0f
 class MXMDecoder(nn.Module):

@@ -148,6 +148,7 @@ class Pretraining(nn.Module):
         mxm_weight: float = 1.0,
         contrastive_weight: float = 0.2,
         mask_share: float = 0.4,  # of the windows, hidden
+        mask_run: int = 1,  # neighbouring windows that are hidden together
         augment: str = "ideal",  # how samples differ from the calculation, as in `Supervised`; their range stays whole
     ):
         super().__init__()
@@ -157,8 +158,8 @@ class Pretraining(nn.Module):
         if min(mxm_weight, contrastive_weight) < 0 or max(mxm_weight, contrastive_weight) == 0:
             raise ValueError(f"mxm_weight={mxm_weight} and contrastive_weight={contrastive_weight}: neither may be negative, nor both 0")
         self.model, self.mxm_weight, self.contrastive_weight = model, mxm_weight, contrastive_weight
-        self.mask_share, self.mean_pattern_error, self.augment = mask_share, mean_pattern_error, augment
-        self.settings = dict(mxm_weight=mxm_weight, contrastive_weight=contrastive_weight, mask_share=mask_share, augment=augment)
+        self.mask_share, self.mask_run, self.mean_pattern_error, self.augment = mask_share, mask_run, mean_pattern_error, augment
+        self.settings = dict(mxm_weight=mxm_weight, contrastive_weight=contrastive_weight, mask_share=mask_share, mask_run=mask_run, augment=augment)
         if mxm_weight > 0: self.decoder = MXMDecoder(model.config["size"])
         if contrastive_weight > 0: self.alignment = Alignment(model.config["size"])
 
@@ -189,7 +190,7 @@ class Pretraining(nn.Module):
         share: "Share | None" = None,  # of the batch, that this process computes; None: all
     ) -> Prepared:
         "Draw another sample of each material and the hidden windows, and hide them."
-        visible = hide_windows(len(batch.composition), self.mask_share, generator) if self.mxm_weight > 0 else None
+        visible = hide_windows(len(batch.composition), self.mask_share, generator, self.mask_run) if self.mxm_weight > 0 else None
         batch = batch._replace(reflections=perturb(batch.reflections, AUGMENTATIONS[self.augment], generator))
         if share: batch, visible = share.of(batch), None if visible is None else visible[share.materials]
         return self._hidden(batch, visible)
@@ -746,7 +747,7 @@ def _train_from_file(a: argparse.Namespace, device: torch.device) -> None:
     options = {k: getattr(a, k) for k in same} | dict(device=str(device), held_out=held_out if a.patience else None, description=a.task)
     if a.task == "pretrain":
         objective = Pretraining(XxaCT(a.size, fusion=a.fusion, tokeniser=a.tokeniser), TrivialPredictors(data, index).mean_error,
-                                a.mxm_weight, a.contrastive_weight, a.mask_share, a.augment or "ideal")
+                                a.mxm_weight, a.contrastive_weight, a.mask_share, augment=a.augment or "ideal")
         train(objective, data, index, a.folder, **options)
     else:
         from xxact.evaluate import scores
