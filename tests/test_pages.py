@@ -69,7 +69,7 @@ def test_the_page_of_results_shows_all_there_is(clone):
     assert lost_links(page) == []
     pictures = sorted(p.name for p in (clone / "figures/laptop").glob("[0-9]*.png"))
     assert [Path(v).name for v in re.findall(r'<img src="([^"]*)"', text)] == pictures
-    for verdict in (clone / "figures/laptop").glob("*.md"): assert verdict.read_text()[2:12] in text
+    for verdict in (clone / "figures/laptop").glob("*.md"): assert verdict.read_text()[2:8] in text
     for name in experiments(clone): assert f"xxact reproduce --only {name} PROFILE=laptop" in text
 
 
@@ -102,6 +102,12 @@ def test_what_is_missing_or_damaged_is_said(clone, tmp_path):
         assert said in text, said
     assert lost_links(page) == []
     with pytest.raises(ValueError, match="profile='dream'"): write_index("dream", folder)
+    (figures / "05_data_scaling.md").write_bytes(b"**\xff**"), (figures / "05_strange.png").mkdir()
+    (folder / "nbs/experiments/06_accuracy.ipynb").write_text("{")
+    assert "06_accuracy.ipynb is no notebook" in write_index("laptop", folder).read_text(encoding="utf-8")
+    (folder / "mine").mkdir(), (folder / "mine/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds no site of ours"): write_site("mine", folder)
+    assert (folder / "mine/thesis.txt").exists()
     (folder / "nbs/00_composition.ipynb").write_text("{")
     with pytest.raises(ValueError, match="00_composition.ipynb cannot be rendered"): write_site("_docs", folder)
 

@@ -410,7 +410,7 @@ def test_the_measured_range_goes_with_the_reflections():
 
 @pytest.mark.parametrize("y", [np.full(2000, 7.0), np.zeros(2000), np.arange(2000.0), -np.ones(2000)])
 def test_without_a_peak_there_is_nothing_to_see(y):
-    with pytest.raises(ValueError, match="no peak"):
+    with pytest.raises(ValueError, match="no peak|no intensity is above 0"):
         to_reflections(as_pattern(np.linspace(5, 90, 2000), y, "CuKa1"))
 
 

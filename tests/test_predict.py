@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from xxact.composition import SYMBOLS, composition_key, parse_formula, split_of
 from xxact.diffraction import LN_Q
@@ -60,7 +61,7 @@ def test_one_or_many_of_any_kind(predictor, tmp_path):
     np.savetxt(tmp_path / "a.xy", np.c_[X, Y])
     pattern = as_pattern(X, Y, "CuKa")
     columns = ["formula", "volume_per_atom", "volume_per_atom_std", "lattice_energy_per_atom", "lattice_energy_per_atom_std", "crystal_system",
-               "crystal_system_p", "space_group", "space_group_p", "in_domain", "nearest", "nearest_match"]  # fmt: skip
+               "crystal_system_p", "space_group", "space_group_p", "in_domain", "nearest_match", "nearest", "nearest_formula"]  # fmt: skip
     one = predictor.predict("TiO2", tmp_path / "a.xy", "CuKa")
     assert one.columns == columns and one.height == 1
     many = predictor.predict(["TiO2", None, "TiO2", "TiO2", "Ti0.5O"], [pattern, (X, Y), None, str(tmp_path / "a.xy"), (list(X), list(Y))], "CuKa")
@@ -79,9 +80,10 @@ def test_one_or_many_of_any_kind(predictor, tmp_path):
     (None, None, "give a formula, a pattern, or both"), ([], None, "give a formula, a pattern, or both"), ("Xx2", None, "Xx"),
     (["NaCl", "Q"], None, "input 1: "),
     (["NaCl"], [(X, Y)] * 2, "1 formulas and 2 patterns"), (["NaCl", None], None, "input 1: neither a formula nor a pattern"),
-    (None, (X, Y[:9]), "two columns of one length"), (None, (X, 0 * Y), "no peak"), (None, "nowhere.xy", "nowhere.xy: no such file"),
+    (None, (X, Y[:9]), "two columns of one length"), (None, (X, 0 * Y), "no intensity is above 0"), (None, "nowhere.xy", "nowhere.xy: no such file"),
     (["NaCl", "KCl"], [(X, Y), "nowhere.xy"], "input 1: nowhere.xy: no such file"),
-    (3, None, "formula=3 is none"), (["NaCl", 3], None, "input 1: formula 3 must be text"), (None, 3.5, "pattern=3.5 is none"),
+    (3, None, "formula=3 is no formula"), ({"Na": 1}, None, "is no formula"), ("CaSO4.2H2O", None, "a dot before H2O"),
+    (["NaCl", 3], None, "input 1: formula 3 must be text"), (None, 3.5, "pattern=3.5 is no pattern"),
     (None, [(X, Y, X)], "a path, a Pattern, or a pair"), (None, [object()], "a path, a Pattern, or a pair"), (None, (X, None), "numbers|columns"),
     (None, Pattern(X, Y * np.nan, 1.54, {}), "points are numbers"), (None, Pattern(X, Y[:9], 1.54, {}), "two columns of one length"),
     (None, Pattern(X, -Y, 1.54, {}), "no intensity is above 0|no peak"), (None, Pattern(X, Y, -1.0, {}), "wavelength"),
@@ -167,8 +169,7 @@ def test_known_materials_have_a_say(predictor, data, table):
     for system, group in (known, unknown):
         torch.testing.assert_close(group.sum(1), torch.ones(len(index)), rtol=0, atol=1e-5)
         torch.testing.assert_close(system, of_systems(group), rtol=0, atol=1e-5)
-    formula_of_id = dict(zip(predictor.index.material_id, predictor.index.formula))
-    nearest = [formula_of_id[m] for m in predictor.table(inputs, formulas)["nearest"]]
+    nearest = predictor.table(inputs, formulas)["nearest_formula"]
     assert not any(composition_key(m) == composition_key(f) for m, f in zip(nearest, formulas))
     assert predictor.table([Input("NaCl", None)])["nearest"].to_list() == [None]
 
@@ -183,6 +184,35 @@ def test_votes_and_network_are_mixed():
     torch.testing.assert_close(unknown, network)  # materials without a space group have no vote
 
 
+def test_an_index_may_be_smaller_than_what_is_left_of_it(predictor):
+    few = Predictor(predictor.model, predictor.cases, predictor.elements, predictor.index.take(torch.tensor([0, 1])))
+    one = [Input(None, m) for m in as_measured_once()]
+    alone = few.symmetry(one, [few.index.formula[0]])[1]
+    for without in ([few.index.formula[0]] * 2, [few.index.formula[0], "XeF2"]):  # what is left out for another changes nothing
+        torch.testing.assert_close(few.symmetry(one * 2, without)[1][:1], alone)
+    none = Predictor(predictor.model, predictor.cases, predictor.elements, predictor.index.take(torch.tensor([0])))
+    table = none.table(one, [none.index.formula[0]])
+    assert table["nearest"].to_list() == [None] and table["space_group_p"].is_finite().all()
+
+
+def as_measured_once(): return [as_inputs(None, (X, Y), "CuKa")[0].pattern]
+
+
+def test_what_is_missing_of_a_predictor(predictor, tmp_path):
+    predictor.save(tmp_path)
+    whole = load_file(tmp_path / "calibration.safetensors")
+    for change, said in ((lambda t: t.pop("both.temperature"), "a part of calibration"), (lambda t: t.pop("pattern.mix"), "a part of calibration"),
+                         (lambda t: t["pattern.scale"].fill_(torch.nan), "not finite")):
+        part = {k: v.clone() for k, v in whole.items()}
+        change(part)
+        save_file(part, tmp_path / "calibration.safetensors")
+        with pytest.raises(ValueError, match=said): Predictor.load(tmp_path)
+    save_file(whole, tmp_path / "calibration.safetensors")
+    (tmp_path / "index.safetensors").unlink()
+    with pytest.raises(ValueError, match="index.safetensors.* is missing"): Predictor.load(tmp_path)
+    with pytest.raises(ValueError, match="path='' must be a folder"): Predictor.load("")
+
+
 def test_combs_are_not_like_the_training_data(predictor):
     rng = np.random.default_rng(0)
     combs = [Measured(2 * np.pi / np.exp(np.sort(rng.uniform(*LN_Q, 60))), rng.uniform(0.01, 1, 60), LN_Q) for _ in range(40)]
@@ -194,7 +224,9 @@ def test_search_says_what_it_lacks(predictor, tmp_path):
         predictor.search((X, Y), elements=["Xe"], wavelength="CuKa")
     with pytest.raises(ValueError, match="none of the 5\\d\\d known materials has the composition NaCl9"):
         predictor.search((X, Y), formula="NaCl9", wavelength="CuKa")
-    with pytest.raises(ValueError, match="top=0 must be at least 1"):
+    for wrong, said in ((dict(elements=[]), "must be a list"), (dict(elements="CO"), "must be a list"), (dict(top="3"), "top=3 must be a whole")):
+        with pytest.raises(ValueError, match=said): predictor.search((X, Y), wavelength="CuKa", **wrong)
+    with pytest.raises(ValueError, match="top=0 must be a whole number, at least 1"):
         predictor.search((X, Y), top=0, wavelength="CuKa")
     with pytest.raises(ValueError, match="there is no element 'Q'"):
         predictor.search((X, Y), elements=["Q"], wavelength="CuKa")
@@ -268,6 +300,9 @@ def test_what_is_shipped_has_not_seen_what_scores_it(tmp_path, table):
     assert {"mix", "least_match"} <= set(again.cases["both"]) and "crystal_system/accuracy/known" in p.card["test"]["pattern"]
     anew = ship(str(dataset), tmp_path / "anew", leave_out=[measured], weights=tmp_path / "weights", runs=tmp_path / "nowhere")
     assert anew.card["test"] == p.card["test"] and anew.card["training"] == p.card["training"] and "--size nano" in p.card["training"]["command"]
+    pl.DataFrame({"formula": [*out, table["formula"].filter(~table["formula"].is_in(out.implode()))[0]]}).write_parquet(measured)
+    with pytest.raises(ValueError, match="was trained with 1 of the compositions to leave out"):
+        ship(str(dataset), tmp_path / "anew", leave_out=[measured], weights=tmp_path / "weights", runs=tmp_path / "nowhere")
     for case, scored in p.card["test"].items():
         assert scored["n"] > 20 and 0 <= scored["volume_per_atom/coverage"] <= 1 and 0 <= scored["crystal_system/calibration_error"] < 1, case
     with pytest.raises(ValueError, match="is no Parquet table with a column formula"):

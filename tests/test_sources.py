@@ -38,6 +38,7 @@ loop_
   Cs  Cs0  0.0  0.0  0.0  1
   Cl  Cl1  0.5  0.5  0.5  1
 """
+OPERATIONS = "loop_\n _symmetry_equiv_pos_as_xyz\n  'x, y, z'\n"
 CUBE = 4.12 * np.eye(3)
 CENTRED = np.array([[0, 0, 0], [0.5, 0.5, 0.5]])
 real = pytest.mark.skipif("XXACT_REAL_DATA" not in os.environ, reason="XXACT_REAL_DATA is not set")
@@ -245,6 +246,10 @@ def test_cif_deuterium_partial_occupancy_and_several_blocks(tmp_path):
         "over": CIF.replace("0.5  0.5  0.5  1", "0.5  0.5  0.5  3"),
         "garbage": "loop_\n\0\x01 _ '''",
         "blank": " \n",
+        "group": CIF.replace(OPERATIONS, "_symmetry_space_group_name_H-M 'R -3 c :H'\n"),
+        "number": CIF.replace(OPERATIONS, "_symmetry_Int_Tables_number 999\n"),
+        "known": CIF.replace(OPERATIONS, "_symmetry_Int_Tables_number 221\n"),
+        "volume": CIF.replace("loop_", "_cell_volume 100(2)\nloop_", 1),
         "overlap": CIF + "  Rb  Rb2  0.0  0.0  0.0  1\n",
         "cut": CIF.rstrip()[:-12],
         "flat": re.sub(r"(_cell_angle_gamma\s+)\S+", r"\g<1>0", CIF),
@@ -257,7 +262,9 @@ def test_cif_deuterium_partial_occupancy_and_several_blocks(tmp_path):
     assert "no CIF text" in found["blank"]["reason"]
     assert "reason" in found["over"]
     assert "unreadable CIF" in found["garbage"]["reason"]
-    for name, why in dict(overlap="sites overlap", cut="the text is cut", flat="the cell is missing, flat", empty="no atoms").items():
+    assert "reason" not in found["known"]
+    for name, why in dict(group="no space group that is known (R -3 c :H)", number="known (999)", volume="differs from the stated volume of 100",
+                          overlap="sites overlap", cut="the text is cut", flat="the cell is missing, flat", empty="no atoms").items():
         assert why in found[name]["reason"], found[name]
     np.testing.assert_allclose(sorted(found["partial"]["occupancies"]), [0.4, 0.6, 1.0])
     assert S.material_row(found["partial"])["n_sites"] == 2
@@ -277,7 +284,7 @@ def test_csv_rows_of_any_shape(tmp_path):
     (tmp_path / "val.csv").write_text(f'material_id,cif,e_form\na,"{CIF}",-1\nb\nc,,\nd,"{CIF}",inf,extra,columns\n', encoding="utf-8-sig")
     result = list(S.read_source(tmp_path / "val.csv"))
     assert [r["material_id"] for r in result] == ["a", "b", "c", "d"]
-    assert len(reasons(result)) == 2
+    assert len(reasons(result)) == 3
     assert result[0]["source"] == tmp_path.name
     (tmp_path / "bare.csv").write_text("cif\n")
     with pytest.raises(ValueError, match="no material could be prepared: the sources are empty"):

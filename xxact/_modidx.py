@@ -277,7 +277,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'xxact.pages._write': ('pages.html#_write', 'xxact/pages.py'),
                              'xxact.pages.executed_parameters': ('pages.html#executed_parameters', 'xxact/pages.py'),
                              'xxact.pages.heading': ('pages.html#heading', 'xxact/pages.py'),
-                             'xxact.pages.is_whole_png': ('pages.html#is_whole_png', 'xxact/pages.py'),
+                             'xxact.pages.is_whole': ('pages.html#is_whole', 'xxact/pages.py'),
                              'xxact.pages.markdown': ('pages.html#markdown', 'xxact/pages.py'),
                              'xxact.pages.page': ('pages.html#page', 'xxact/pages.py'),
                              'xxact.pages.site_pages': ('pages.html#site_pages', 'xxact/pages.py'),

@@ -51,6 +51,8 @@ def formula_amounts(formula: str) -> dict[str, float]:  # element symbol -> amou
     from pymatgen.core import Composition
 
     if re.search("[DT](?![a-z])", str(formula)): raise ValueError(f"{formula!r}: deuterium and tritium are no elements of their own; write H")
+    if re.search(r"\d\.\d*H2O\b", str(formula)):
+        raise ValueError(f"{formula!r}: a dot before H2O could be a decimal sign; write it like 'CaSO4(H2O)2'")
     if any(float(n) <= 0 for n in re.findall(r"-?(?:\d+\.?\d*|\.\d+)", re.sub(r"\s", "", str(formula)))):
         raise ValueError(f"{formula!r}: an amount that is not positive; write it like 'Na0.5Cl0.5'")
     try: amounts = {str(k): float(v) for k, v in Composition(formula, strict=True).items()}

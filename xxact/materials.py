@@ -206,6 +206,8 @@ def _flatten(df: "pl.DataFrame", targets: Sequence[str]) -> dict[str, np.ndarray
     labels = np.empty((len(df), len(targets)), np.float32)
     for i, t in enumerate(targets): labels[:, i] = df[t].to_numpy()
     labels[~np.isfinite(labels)] = np.nan
+    for i, t in enumerate(targets):
+        if t in ("volume_per_atom", "density"): refuse(labels[:, i] <= 0, f"{t} must be positive")
     hashes = df["composition"].to_numpy()
     return dict(ln_d=_pack(np.log(flat.pop("d_spacing")), *_LN_D), sqrt_intensity=_pack(np.sqrt(flat.pop("intensity")), 0, 1), **flat,
                 targets=labels, space_group=space_group, composition=hashes.view(np.int64), split=_sides(hashes),

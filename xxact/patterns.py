@@ -42,7 +42,7 @@ def as_wavelength(
     w: float | str,  # Å, or the name of a line
 ) -> float:  # Å
     "A wavelength in Å. Raises `ValueError` for what is none."
-    try: value = float(WAVELENGTHS.get(w, w))
+    try: value = math.nan if isinstance(w, bool) else float(WAVELENGTHS.get(w, w))
     except (TypeError, ValueError): value = math.nan
     if not 0.01 <= value <= 10: raise ValueError(f"wavelength {w!r} must be 0.01 to 10 Å, or one of {', '.join(WAVELENGTHS)}")
     return value
@@ -90,7 +90,9 @@ def as_pattern(
     known = np.isfinite(x) & np.isfinite(y)
     if known.sum() < 0.5 * len(x) or known.sum() < 10:
         raise ValueError(f"only {known.sum()} of {len(x)} points are numbers; at least 10 and half of them are needed")
-    if not known.all(): x, y = x[known], y[known]
+    if not known.all():
+        warnings.warn(f"{(~known).sum()} of {len(x)} points are no numbers and are left out", stacklevel=2)
+        x, y = x[known], y[known]
     if wavelength is None:
         warnings.warn("no wavelength is known: Cu Kα (1.54184 Å) is taken; give wavelength=…", stacklevel=2)
         wavelength = CU_KA
@@ -109,6 +111,9 @@ def as_pattern(
         x, place, counts = np.unique(x, return_inverse=True, return_counts=True)
         y = np.bincount(place, y) / counts
     if len(x) < max(10, 0.6 * n): raise ValueError(f"only {len(x)} different angles above 0° in {n} points; are the columns separated as they seem?")
+    steps = np.diff(x)
+    if (widest := steps.argmax()) >= 0 and steps[widest] > max(0.5, 20 * np.median(steps)):
+        warnings.warn(f"there are no points between 2θ of {x[widest]:g} and {x[widest + 1]:g}°: peaks there are not seen", stacklevel=2)
     return Pattern(x, y, wavelength, dict(metadata or {}))
 
 # %% ../nbs/02_patterns.ipynb #f60232b9
@@ -472,7 +477,7 @@ def _read(path: Path) -> Scan:
     with path.open("rb") as f: head = f.read(_HEAD)
     if not head.strip(): raise ValueError("is empty")
     whole = lambda: _limited(path).read_bytes()
-    if head.startswith(b"PK\3\4"):
+    if head.startswith((b"PK\3\4", b"PK\5\6")):
         with zipfile.ZipFile(path) as archive:
             return (_read_rasx if any(re.search(r"Profile\d+\.txt$", n) for n in archive.namelist()) else _read_brml)(archive)
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")): raise ValueError("is compressed; unpack it first")
@@ -506,6 +511,7 @@ def read_pattern(
     unit: str | None = None,  # of the abscissa, where the file does not say it: two_theta, q, q_nm or d
 ) -> Pattern:
     "Read a measured pattern in any of the formats above. Raises `ValueError` in one line that names the file, for whatever is none."
+    if not isinstance(path, str | Path): raise ValueError(f"path={path!r} must be the path of a file")
     path = Path(path)
     if wavelength is not None: wavelength = as_wavelength(wavelength)
     try:
@@ -515,10 +521,13 @@ def read_pattern(
             warnings.warn(f"{path}: the file's own wavelength {found:g} Å is used, not {wavelength:g} Å", stacklevel=2)
         if not (found or wavelength): warnings.warn(f"{path}: no wavelength in the file: Cu Kα (1.54184 Å) is taken", stacklevel=2)
         if unit and scan.unit and unit != scan.unit: warnings.warn(f"{path}: the file's own unit {scan.unit} is used, not {unit}", stacklevel=2)
-        return as_pattern(scan.x, scan.y, found or wavelength or CU_KA, scan.unit or unit or "two_theta", scan.metadata)
+        metadata = scan.metadata | ({} if found or wavelength else dict(wavelength_assumed=True))
+        return as_pattern(scan.x, scan.y, found or wavelength or CU_KA, scan.unit or unit or "two_theta", metadata)
     except FileNotFoundError: raise ValueError(f"{path}: no such file") from None
     except _BROKEN as e:
         reason = " ".join(str(e).split()) or type(e).__name__
+        if isinstance(e, zipfile.BadZipFile | ElementTree.ParseError): reason = f"is cut off or damaged ({reason})"
+        if "is not a multiple of n=" in reason: reason = f"is cut off, or a row of a loop is too short or too long ({reason})"
         raise ValueError(f"{path}: {f'lacks {reason}' if isinstance(e, KeyError) else reason}"[:400]) from e
 
 # %% ../nbs/02_patterns.ipynb #57180492
@@ -526,8 +535,8 @@ def write_pattern(
     p: Pattern,
     path: str | Path,  # `.xy`
 ) -> None:
-    "Write two columns, 2θ and intensity, with the wavelength in a comment. Raises `ValueError` where a file is in the way."
-    lines = {"wavelength": p.wavelength} | {k: v for k, v in p.metadata.items() if k == "kalpha2"}
+    "Write two columns, 2θ and intensity, with the wavelength in a comment unless it was assumed. Raises `ValueError` where a file is in the way."
+    lines = ({} if p.metadata.get("wavelength_assumed") else {"wavelength": p.wavelength}) | {k: v for k, v in p.metadata.items() if k == "kalpha2"}
     head = "".join(f"# {k} = {v:.6f} Å\n" for k, v in lines.items()) + "# 2theta (deg) intensity\n"
     body = "".join(f"{x:.6f} {y:.8g}\n" for x, y in zip(p.two_theta, p.intensity))
     try:
@@ -590,6 +599,7 @@ def find_peaks(
     from scipy.ndimage import gaussian_filter1d as smooth
     from scipy.signal import find_peaks as maxima
     from scipy.signal import peak_prominences, peak_widths
+    if not p.intensity.max() > 0: raise ValueError("no intensity is above 0")
     x, y, step = even_grid(p)
     if strip_kalpha2 is not False and (shift := tube_lines(p, strip_kalpha2)[1]): y = without_kalpha2(x, y, shift)
     rough = smooth(y - background(y, step), max(1.0, 0.02 / step))
@@ -598,7 +608,6 @@ def find_peaks(
     width = float(np.median(peak_widths(rough, strong)[0]))  # steps
     net, sigma = y - background(y, step, max(0.2, 1.5 * width * step)) if remove_background else y, max(0.8, 0.6 * width / 2.355)
     s, level = smooth(net, sigma), smooth(y, sigma).clip(0)
-    if not level.max() > 0: raise ValueError("no intensity is above 0")
     usual = max(np.median(level), 0.02 * level.max())
     lost, kept = 1 - 1 / (math.sqrt(math.pi) * sigma), 1 / math.sqrt(2 * math.sqrt(math.pi) * sigma)  # of the noise, by smoothing
     noise = 1.4826 * np.median(np.abs(y - smooth(y, sigma))) / math.sqrt(lost) * kept * np.sqrt(level.clip(usual) / usual)

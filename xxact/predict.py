@@ -12,7 +12,7 @@ __all__ = ['PatternLike', 'CASES', 'SYSTEM_OF_GROUP', 'COVERAGE', 'WITHIN', 'KNO
 # %% ../nbs/11_predict.ipynb #ef633564
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
@@ -59,7 +59,8 @@ def as_inputs(
 ) -> list[Input]:
     "Inputs of one or many materials. Raises `ValueError` for what cannot be read, naming its place."
     for what, given in (("formula", formula), ("pattern", pattern)):
-        if not (given is None or isinstance(given, Iterable | Path)): raise ValueError(f"{what}={given!r} is none, and no list of such")
+        if not (given is None or isinstance(given, Iterable | Path)) or isinstance(given, Mapping):
+            raise ValueError(f"{what}={given!r} is no {what}, and no list of such")
     formulas = None if formula is None else [formula] if isinstance(formula, str) else list(formula)
     pair = isinstance(pattern, tuple) and len(pattern) == 2 and np.ndim(pattern[0]) == 1
     patterns = None if pattern is None else [pattern] if pair or isinstance(pattern, str | Path | Pattern | Measured) else list(pattern)
@@ -238,6 +239,7 @@ def fit_mix(
         return value
 
     optimiser.step(loss)
+    if not weights.isfinite().all(): raise ValueError("the say of known materials could not be fitted: too few held-out materials, or all alike")
     return weights.detach().float()
 
 
@@ -266,12 +268,13 @@ def _bits(atomic_numbers: Tensor) -> Tensor:  # (n, k) to (n, 13) uint8
 
 
 class Hits(NamedTuple):
-    "Known materials that look most like some patterns, best first."
+    "Known materials that look most like some patterns, best first; where there are too few, the last are padding."
 
-    row: Tensor  # (n, k) places in the index
-    match: Tensor  # (n, k) of the peaks, 0 to 1
+    row: Tensor  # (n, k) places in the index; of padding 0
+    match: Tensor  # (n, k) of the peaks, 0 to 1; of padding 0
     similarity: Tensor  # (n, k) of the embeddings, -1 to 1
     own: Tensor  # (n, k) bool: of the sample's own composition
+    space_group: Tensor  # (n, k), 0 where unknown, and of padding
 
 
 class Index(NamedTuple):
@@ -313,8 +316,8 @@ class Index(NamedTuple):
     ) -> Hits:
         "Find the materials that look most like each pattern."
         own = own or [torch.empty(0, dtype=torch.int64)] * len(patterns)
-        left = len(self.formula) - (max(map(len, own), default=0) if leave_out else 0)
         found, embedding = [], self.embedding.float() / 127
+        padded = lambda x: torch.nn.functional.pad(x, (0, kept - len(x)))
         for begin in range(0, len(patterns), 64):
             some = patterns[begin : begin + 64]
             seen = strongest_peaks(batch_reflections([(p.d_spacing, p.intensity) for p in some]))
@@ -323,10 +326,11 @@ class Index(NamedTuple):
             similarity = (torch.nn.functional.normalize((moved - self.centre) @ self.projection, dim=2) @ embedding.T).amax(0)
             for i, mine in enumerate(own[begin : begin + 64]):
                 rank = similarity[i].index_fill(0, mine, -math.inf if leave_out else math.inf)
-                rows = rank.topk(min(shortlist, left)).indices
+                rows = rank.topk(min(shortlist, len(rank) - (len(mine) if leave_out else 0))).indices
                 match = peak_match(Peaks(*(t[i : i + 1] for t in seen)), _place(self.ln_q[rows]), (self.intensity[rows].float() / 255) ** 2)
-                best = match.argsort(descending=True)[: min(kept, shortlist, left)]
-                found.append((rows[best], match[best], similarity[i, rows[best]], torch.isin(rows[best], mine)))
+                best = match.argsort(descending=True)[:kept]
+                row = rows[best]
+                found.append([*map(padded, (row, match[best], similarity[i, row], torch.isin(row, mine), self.space_group[row].long()))])
         return Hits(*map(torch.stack, zip(*found, strict=True)))
 
     def save(self, path: str | Path) -> None:
@@ -345,7 +349,10 @@ class Index(NamedTuple):
         from safetensors import safe_open
         try:
             with safe_open(path, "pt") as f:
-                return cls(**{k: f.get_tensor(k) for k in f.keys()}, **{k: v.split("\n") for k, v in f.metadata().items()})  # noqa: SIM118
+                index = cls(**{k: f.get_tensor(k) for k in f.keys()}, **{k: v.split("\n") for k, v in f.metadata().items()})  # noqa: SIM118
+            lengths = {len(getattr(index, k)) for k in ("embedding", "ln_q", "intensity", "space_group", "elements", "formula", "material_id")}
+            if len(lengths) > 1: raise ValueError(f"{path} is no index of materials: its parts differ in length ({', '.join(map(str, lengths))})")
+            return index
         except (SafetensorError, OSError, TypeError, AttributeError) as e: raise ValueError(f"{path} is no index of materials: {e}") from e
 
 
@@ -392,6 +399,7 @@ def peak_match(
     "How well peaks agree within the query's range: the largest cosine of the √-intensity patterns, moved against each other."
     low, high = query.limits[0].tolist()
     n, shifts = math.ceil((high - low) / _STEP), round(MOVED / _STEP)
+    if not len(ln_q): return torch.empty(0)
     mine, others = (_drawn(*lines, low, _STEP, n, _FWHM) for lines in ((query.ln_q, query.intensity), (ln_q, intensity)))
     mine = mine[0]
     padded = torch.nn.functional.pad(mine, (shifts, shifts)).unfold(0, n, 1)  # (2 shifts + 1, n)
@@ -421,6 +429,8 @@ class Predictor:
         path: str | Path | None = None,  # a folder that `save` made; None: the weights in the package
     ) -> "Predictor":
         "Open a predictor. Raises `ValueError` where there is none."
+        if not isinstance(path, str | Path | None) or path == "":
+            raise ValueError(f"path={path!r} must be a folder, or None for the weights in the package")
         folder = Path(path or SHIPPED)
         if not (folder / "model.safetensors").exists():
             raise ValueError(f"{folder} holds no predictor: model, calibration (safetensors) and card.json, which `xxact ship` makes")
@@ -435,6 +445,14 @@ class Predictor:
         fits = [c.get("head", torch.empty(0)).shape == (2 * SIZES[model.config["size"]].width + 1, len(model.target_mean)) for c in cases.values()]
         if not (fits and all(fits) and "elements" in flat):
             raise ValueError(f"{folder} holds no complete predictor: calibration.safetensors belongs to another model than model.safetensors")
+        needed, known = {"mean", "spread", "temperature", "whitening", "farthest", "head", "scale"}, {"mix", "least_match"}
+        wanted = {"both": set(CASES), "composition": {"formula"}, "xrd": {"pattern"}}[model.config["modalities"]]
+        if set(cases) != wanted or any(not needed <= set(c) or known & set(c) not in (set(), known) for c in cases.values()):
+            raise ValueError(f"{folder} holds no complete predictor: a part of calibration.safetensors is missing")
+        if not all(t.isfinite().all() for t in flat.values() if t.is_floating_point()):
+            raise ValueError(f"{folder} holds no complete predictor: calibration.safetensors has numbers that are not finite")
+        if any("mix" in c for c in cases.values()) and not (index and index.formula):
+            raise ValueError(f"{folder} holds no complete predictor: index.safetensors, which has a say in its answers, is missing or empty")
         return cls(model, cases, flat["elements"], index, card)
 
     def save(self, path: str | Path) -> None:
@@ -475,13 +493,14 @@ class Predictor:
         columns = dict(formula=[i.formula for i in inputs])
         for t, name in enumerate(self.model.config["targets"]): columns |= {name: value[:, t].tolist(), f"{name}_std": width[:, t].tolist()}
         known = [all(self.elements[z - 1] for z in parse_formula(i.formula)[0]) if i.formula else True for i in inputs]
-        near = [nearest.get(i, (None, None)) for i in range(n)]
-        like = [match is None or match >= self.cases[one.case]["least_match"] for one, (_, match) in zip(inputs, near, strict=True)]
+        row, match = zip(*(nearest.get(i, (None, None)) for i in range(n)), strict=True)
+        like = [m is None or m >= self.cases[one.case]["least_match"] for one, m in zip(inputs, match, strict=True)]
         columns |= dict(crystal_system=[CRYSTAL_SYSTEMS[i] for i in system.argmax(1)], crystal_system_p=system.amax(1).tolist(),
                         space_group=(group.argmax(1) + 1).tolist(), space_group_p=group.amax(1).tolist(),
                         in_domain=[bool(f <= 1 and all(rest)) for f, *rest in zip(far, known, like, strict=True)],
-                        nearest=pl.Series([name for name, _ in near], dtype=pl.String),
-                        nearest_match=pl.Series([match for _, match in near], dtype=pl.Float64))
+                        nearest_match=pl.Series(match, dtype=pl.Float64))
+        for k, of in dict(nearest="material_id", nearest_formula="formula").items():
+            columns[k] = pl.Series([None if r is None else getattr(self.index, of)[r] for r in row], dtype=pl.String)
         return pl.DataFrame(columns)
 
     def symmetry(
@@ -492,8 +511,8 @@ class Predictor:
         "Probabilities of all crystal systems and space groups."
         return self._symmetry(inputs, ask(self.model, inputs), without)[:2]
 
-    def _symmetry(self, inputs: Sequence[Input], raw: Raw, without: Sequence[str] | None) -> tuple[Tensor, Tensor, dict[int, tuple[str, float]]]:
-        "Probabilities, and for each place of an input with a pattern the known material most like it."
+    def _symmetry(self, inputs: Sequence[Input], raw: Raw, without: Sequence[str] | None) -> tuple[Tensor, Tensor, dict[int, tuple[int, float]]]:
+        "Probabilities, and for each place of an input with a pattern the place in the index of the material most like it, with its match."
         temperature, nearest = torch.empty(len(inputs), 2), {}
         for case, rows in self._by_case(inputs): temperature[rows] = self.cases[case]["temperature"]
         system, group = probabilities(raw, temperature)
@@ -502,10 +521,10 @@ class Predictor:
             some = [inputs[i] for i in rows.tolist()]
             formulas = [without[i] for i in rows.tolist()] if without else [i.formula for i in some] if case == "both" else []
             hits = self.index.compare([i.pattern for i in some], [*map(self.index.of, formulas)], leave_out=bool(without))
-            group[rows] = mix(group[rows], hits.match, hits.own, self.index.space_group[hits.row], self.cases[case]["mix"])
+            group[rows] = mix(group[rows], hits.match, hits.own, hits.space_group, self.cases[case]["mix"])
             system[rows] = of_systems(group[rows])
-            best = [self.index.material_id[row] for row in hits.row[:, 0].tolist()]
-            nearest |= dict(zip(rows.tolist(), zip(best, hits.match[:, 0].tolist(), strict=True), strict=True))
+            best = zip(rows.tolist(), hits.row[:, 0].tolist(), hits.match[:, 0].tolist(), strict=True)
+            nearest |= {i: (row, match) for i, row, match in best if match > 0}
         return system, group, nearest
 
     def _by_case(self, inputs: Sequence[Input]) -> Iterator[tuple[str, Tensor]]:
@@ -533,7 +552,10 @@ class Predictor:
     ) -> "pl.DataFrame":  # material_id, formula, space_group, match of the peaks, similarity of the embeddings; best first
         "Known materials whose pattern is most like a measured one. Raises `ValueError` where no material passes the filter."
         import polars as pl
-        if top < 1: raise ValueError(f"top={top} must be at least 1")
+        if not isinstance(top, int) or top < 1: raise ValueError(f"top={top} must be a whole number, at least 1")
+        if isinstance(pattern, list) and not (len(pattern) == 2 and np.ndim(pattern[0]) == 1): raise ValueError("search takes one pattern at a time")
+        if elements is not None and (isinstance(elements, str) or not isinstance(elements, Sequence) or not elements):
+            raise ValueError(f"elements={elements!r} must be a list of symbols, like ['Ba', 'Ti', 'O']")
         if not isinstance(candidates, Index | pl.DataFrame | None):
             raise ValueError(f"candidates must be an Index or a material table, not {type(candidates).__name__}")
         index = self.index if candidates is None else candidates if isinstance(candidates, Index) else make_index(candidates)
@@ -547,7 +569,7 @@ class Predictor:
             rows = places(index)
             if not len(rows): raise ValueError(f"none of the {len(index.formula)} known materials has {wish}")
             index = index.take(rows)
-        hits = index.compare([one.pattern], shortlist=max(top, RERANKED), kept=top)
+        hits = index.compare([one.pattern], shortlist=max(top, RERANKED), kept=min(top, len(index.formula)))
         found = index.take(hits.row[0])
         return pl.DataFrame(dict(material_id=found.material_id, formula=found.formula, space_group=found.space_group.tolist(),
                                  match=hits.match[0].tolist(), similarity=hits.similarity[0].tolist()))
@@ -635,10 +657,9 @@ def make_predictor(
         if index and xrd:  # once as if a material were known, and once as if it were not
             network = probabilities(held, cases[case]["temperature"])[1]
             hits = [index.compare(patterns[:held_out], o, out) for o, out in ((own if composition else None, False), (own, True))]
-            k = min(h.row.shape[1] for h in hits)
-            row, match, same = (torch.cat([getattr(h, f)[:, :k] for h in hits]) for f in ("row", "match", "own"))
-            count = torch.tensor([KNOWN, 1.0]).repeat_interleave(held_out)
-            cases[case] |= dict(mix=fit_mix(network.repeat(2, 1), match, same, index.space_group[row], group.repeat(2), count),
+            both = Hits(*(torch.cat(pair) for pair in zip(*hits, strict=True)))
+            count = torch.cat([KNOWN * torch.tensor([len(o) > 0 for o in own]), torch.ones(held_out)])
+            cases[case] |= dict(mix=fit_mix(network.repeat(2, 1), both.match, both.own, both.space_group, group.repeat(2), count),
                                 least_match=hits[1].match[:, 0].quantile(0.01))
     row = torch.repeat_interleave(torch.arange(len(data)), data.first_element.diff())
     counts = torch.bincount(data.atomic_numbers[torch.isin(row, train)].long() - 1, minlength=103)

@@ -84,7 +84,8 @@ def defaults(notebook: Path) -> dict[str, object]:
 
 def parameters_cell(notebook: Path) -> str:
     "Source of the cell tagged `parameters`: names, defaults, and what they mean. Raises `ValueError` where there is none."
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    try: cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, LookupError, TypeError) as e: raise ValueError(f"{notebook} is no notebook: {e}") from e
     source = next(("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])), None)
     if source is None: raise ValueError(f"{notebook} has no cell tagged 'parameters'")
     return source
@@ -192,6 +193,8 @@ def check_parameters(
     for model in split_list(params.get("models", "")): choose("models", model, MODELS)
     if experiment in ARMS: choose_arms(params["arms"], experiment)
     choose_factors(params.get("factors", ""))
+    for key in ("patterns", "weights"):
+        if params.get(key) and not Path(str(params[key])).exists(): raise ValueError(f"{key}={params[key]}: no such folder")
     for augment in split_list(params.get("augments", "")): choose("augments", augment, tuple(AUGMENTATIONS))
     for split in split_list(params.get("splits", "")): choose("splits", split, ("composition", "chemistry"))
     for share in split_list(params.get("shares", "")):
@@ -631,6 +634,9 @@ def ship(
     if weights:
         before = Predictor.load(weights)
         model, training = before.model, before.card.get("training", {})
+        if "left_out" not in training: raise ValueError(f"{weights}: its card does not say what was left out of its training")
+        if seen := sorted({composition_key(f) for f in formulas} - set(training["left_out"])):
+            raise ValueError(f"{weights} was trained with {len(seen)} of the compositions to leave out ({seen[0]} …); it cannot be scored on them")
         if [*targets] != model.config["targets"]:
             raise ValueError(f"{weights} predicts {', '.join(model.config['targets'])}; the labels are {', '.join(targets)}")
     else:
@@ -645,7 +651,7 @@ def ship(
         command = " ".join(["xxact ship", Path(dataset).name, *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v != ""),
                             *(f"--leave-out {Path(p).name}" for p in leave_out), *([f"--references {Path(references).name}"] if references else [])])
         patterns = f"{len(data.indices('train'))} materials, {copies} patterns of each drawn as a laboratory would measure them"
-        training = dict(data=patterns, command=command, run=run.id, **provenance())
+        training = dict(data=patterns, command=command, run=run.id, **provenance(), left_out=sorted({composition_key(f) for f in formulas}))
     known_materials = load_table(dataset, known)
     predictor = make_predictor(model, data, make_index(known_materials), workers=workers)
     sources = sorted(set(df["source"]))
@@ -997,9 +1003,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 0  # the reader, like `head`, has had enough
     except (ValueError, OSError) as e: print(f"xxact: {' '.join(str(e).split())}", file=sys.stderr); return 2
+    except ImportError as e: print(f"xxact: {e}; `pip install 'xxact[notebooks]'` brings what notebooks need", file=sys.stderr); return 2
     except NotebookFailed as e: print(f"xxact: {e}", file=sys.stderr); return 2 if e.bad_input else 1
     except RuntimeError as e: print(f"xxact: {e}", file=sys.stderr); return 1
     except KeyboardInterrupt: print("xxact: interrupted; the same command goes on from what is finished", file=sys.stderr); return 130
+    except BaseException as e:  # a panic is no Exception
+        if not type(e).__module__.startswith(("polars", "pyo3_runtime")): raise
+        print(f"xxact: a table is damaged: {(str(e).splitlines() or [type(e).__name__])[0]}", file=sys.stderr)
+        return 2
 
 
 def _path(text: str) -> Path:
@@ -1056,7 +1067,9 @@ def _prepare(a: argparse.Namespace) -> int:
 
 def _card(a: argparse.Namespace) -> int:
     from xxact.sources import data_card
-    print(data_card(read_table(a.table)))
+    table = read_table(a.table)
+    MaterialSet.from_table(table, [])  # refuses what is no material
+    print(data_card(table))
     return 0
 
 
@@ -1116,7 +1129,7 @@ def _one_by_one(
     done: dict[Path, object] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *rest: say(message)
+        warnings.showwarning = lambda message, *rest: say(message if str(file) in str(message) else f"{file}: {message}")
         for file in tqdm(files, unit="file", leave=False, disable=None if len(files) > 1 else True):
             try: done[file] = work(file)
             except (ValueError, OSError) as e: done[file] = e; say(e)
@@ -1129,8 +1142,9 @@ def _status(done: dict[Path, object]) -> int: return 2 if any(isinstance(r, Exce
 
 def _answers(done: dict[Path, object]) -> str:
     "Tables of answers, or what was wrong, as JSON."
-    rows = [dict(file=f and _shown(f)) | (dict(error=str(r)) if isinstance(r, Exception) else r) for f, r in done.items()]
-    return _shown(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False))
+    finite = lambda r: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
+    rows = [dict(file=f and _shown(f)) | (dict(error=str(r)) if isinstance(r, Exception) else finite(r)) for f, r in done.items()]
+    return _shown(json.dumps(rows, indent=1, ensure_ascii=False))
 
 
 def _shown(path: object) -> str:
@@ -1166,7 +1180,7 @@ def _predict(a: argparse.Namespace) -> int:
             name = lambda t: f"{t.removesuffix('_per_atom').replace('_', ' ')} ({TARGETS[t]})"
             row |= {name(t): f"{r[t]:.3f} ± {r[t + '_std']:.3f}" for t in TARGETS if t in r}
             row |= {k.replace("_", " "): f"{r[k]} ({r[k + '_p']:.0%})" for k in ("crystal_system", "space_group")}
-            row |= {"most like": f"{r['nearest']} ({r['nearest_match']:.0%})"} if r["nearest"] else {}
+            row |= {"most like": f"{r['nearest_formula']}, {r['nearest']} ({r['nearest_match']:.0%})"} if r["nearest"] else {}
             rows.append(row | {"like the training data": "yes" if r["in_domain"] else "no"})
         if len(rows) == 1: _print_table(pl.DataFrame(dict(quantity=list(rows[0]), prediction=list(rows[0].values()))))
         elif rows: _print_table(pl.DataFrame(rows))
@@ -1176,7 +1190,7 @@ def _predict(a: argparse.Namespace) -> int:
 def _search(a: argparse.Namespace) -> int:
     from xxact.predict import Predictor, make_index
     predictor = Predictor.load(a.weights)
-    elements = split_list(a.elements) if a.elements else None
+    elements = None if a.elements is None else split_list(a.elements)
     candidates = make_index(read_table(a.candidates)) if a.candidates else None
     done = _one_by_one(a.files, lambda f: predictor.search(_reflections(f, a), candidates, a.formula, elements, a.top))
     if a.json: print(_answers({f: r if isinstance(r, Exception) else dict(found=r.to_dicts()) for f, r in done.items()}))

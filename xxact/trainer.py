@@ -483,7 +483,8 @@ def held_out_losses(
     "Mean losses of held-out materials, with the same draws at every call."
     rank, world = processes()
     device, sums = next(objective.parameters()).device, {}
-    for i, chosen in enumerate(index.tensor_split(max(1, len(index) // batch_size))):  # so that no part is too small to share
+    parts = max(1, min(-(-len(index) // batch_size), len(index) // world))  # none of them too small to share
+    for i, chosen in enumerate(index.tensor_split(parts)):
         prepared = objective.prepare(data.batch(chosen).to(device), draws(0, 2**33 + i), share_of(data, chosen, rank, world) if world > 1 else None)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"): losses = objective(prepared)
         for k, v in losses.items(): sums[k] = sums.get(k, 0.0) + v * (len(chosen) / len(index))
@@ -580,8 +581,8 @@ def train(
         for at in range(begin := state.load()[0], step):
             losses = {k: float(v) for k, v in one_step(at).items()}
             if bad := gone_wrong(losses, smallest): step, name, value = at + 1, bad, losses[bad]; break
-        else: return ValueError(f"{name} is {value:g} at step {step}, but not when the steps since {begin} are repeated: not the materials but the "
-                                "machine is at fault; run the same again")
+        else: return ValueError(f"{name} is {value:g} at step {step}, but not when the steps since {begin} are repeated: chance or the machine is at "
+                                "fault, not the materials; run the same again")
         ids, lines = data.material_ids, {"step": step, "loss": name, "value": str(value)}
         lines["materials"] = [ids[i] for i in chosen(step - 1)]
         if rank == 0: _write(folder / "bad_step.json", json.dumps(lines))
@@ -710,7 +711,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", default=value, type=type(value), help=f"{text}{'; ' if text else ''}default: {value}")
     parser.add_argument("--deterministic", action="store_true", help="the same bits again on the same GPU, slower")
     a = parser.parse_args(arguments)
-    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(REQUEUE))  # there is nothing to save yet
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(REQUEUE))  # outside `train` there is nothing to save
     try:
         if a.task == "pretrain" and (a.pretrained or a.targets): raise ValueError("--pretrained and --targets are of finetune; leave them out")
         world = int(os.environ.get("WORLD_SIZE", 1))
