@@ -85,6 +85,35 @@ def test_sweeps_give_verdicts_and_survive_a_lost_machine(clone, capsys):
     assert (figures / "05_exponents.csv").read_text() == exponents and len(pl.read_parquet(figures / "runs.parquet")) == count
 
 
+def test_what_was_learned(clone, capsys):
+    learned = ["07_representations", "08_ablations", "09_attention", "10_robustness"]
+    tiny = TINY | dict(seeds="0", factors="elements,hidden width", arms="random,both,scratch", test_materials="12", levels="1")
+    tiny.pop("batch_size"), tiny.pop("pretrain_batch_size")
+    reproduce("smoke", learned, tiny)
+    figures = clone / "figures/smoke"
+    for name in ("07_probes", "07_map", "08_ablations", "09_attention", "09_occlusion", "10_robustness"):
+        assert (figures / f"{name}.png").exists() and pl.read_csv(figures / f"{name}.csv").height
+    for name in learned: assert (figures / f"{name}.md").read_text().startswith("**")
+    effects = pl.read_csv(figures / "08_effects.csv")
+    assert set(effects["factor"]) == {"elements", "hidden width"} and effects["change"].is_finite().all()
+    probes = pl.read_csv(figures / "07_probes.csv")
+    assert set(probes["arm"]) == {"random", "both", "scratch"} and set(probes["probe"]) == {"linear", "nearest"}
+    robust = pl.read_csv(figures / "10_robustness.csv")
+    assert robust["factor"].n_unique() == 6 and robust["crystal_system/mean"].is_between(0, 1).all()
+    ids = pl.read_parquet(figures / "runs.parquet").filter(pl.col("experiment") == "ablation")["id"]
+    assert ids.n_unique() == len(ids) == 6  # the default, two of the elements; the default pretrained, two of the hidden width
+    assert main(["page"]) == 0 and "07_probes" in (clone / "runs/smoke/index.html").read_text()
+
+
+def test_without_space_groups_the_rest_is_shown(tmp_path, clone):
+    table = load_table("prototypes:240").with_columns(space_group=pl.lit(None, pl.UInt8))
+    table.write_parquet(tmp_path / "nameless.parquet")
+    tiny = dict(dataset=str(tmp_path / "nameless.parquet"), epochs="1", pretrain_epochs="1", seeds="0", arms="random,both", test_materials="12",
+                levels="1")
+    reproduce("smoke", ["07_representations", "09_attention", "10_robustness"], tiny)
+    assert "crystal_system" not in set(pl.read_csv(clone / "figures/smoke/07_probes.csv")["measure"])
+
+
 def test_two_sweeps_at_once_make_each_run_once(tmp_path):
     code = f"""if True:
         from pathlib import Path
