@@ -110,7 +110,7 @@ def test_without_space_groups_the_rest_is_shown(tmp_path, clone):
     table.write_parquet(tmp_path / "nameless.parquet")
     tiny = dict(dataset=str(tmp_path / "nameless.parquet"), epochs="1", pretrain_epochs="1", seeds="0", arms="random,both", test_materials="12",
                 levels="1")
-    reproduce("smoke", ["07_representations", "09_attention", "10_robustness"], tiny)
+    reproduce("smoke", ["07_representations", "08_ablations", "09_attention", "10_robustness"], tiny | dict(factors="elements"))
     assert "crystal_system" not in set(pl.read_csv(clone / "figures/smoke/07_probes.csv")["measure"])
 
 

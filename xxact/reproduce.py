@@ -566,7 +566,7 @@ def finetune(
         predicted = predict(model, data, test)
         write_predictions(run.folder / "predictions.npz", data, test, predicted)
         metrics = {f"val/{k}": v for k, v in scores(predict(model, data, val), data, val).items()} | scores(predicted, data, test)
-        on_the_way = [row for row in read_log(run.folder / "log.jsonl") if "val_crystal_system/accuracy" in row]
+        on_the_way = [row for row in read_log(run.folder / "log.jsonl") if any(k.startswith("val_") for k in row)]
         curve = {k.removeprefix("val_"): [round(row[k], 5) for row in on_the_way] for k in on_the_way[0]}
         run.finish(training_materials=len(index), parameters=sum(p.numel() for p in model.parameters()), curve=curve, **metrics)
     return run
