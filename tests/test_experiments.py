@@ -230,7 +230,7 @@ def test_prepare_and_card(clone, capsys):
 
 def test_defaults_are_the_smoke_profile():
     for name, params in parameters(ROOT, "smoke", {}).items():
-        builtin = params["patterns"] == "" if name == "11_measured" else params["dataset"] in ("prototypes:2400", "prototypes:800")
+        builtin = params["patterns"] == "" if name == "11_measured" else params["dataset"].startswith("prototypes:")
         assert params["profile"] == "smoke" and builtin, name
 
 
