@@ -158,7 +158,8 @@ def write_index(
     sections = []
     for name, notebook in notebooks.items():
         try: sections.append(_experiment(root, profile, name, notebook, link))
-        except (ValueError, OSError, LookupError, SyntaxError) as e: sections.append(_missing(f"{name} cannot be shown: {e}"))
+        except (ValueError, OSError, LookupError, SyntaxError) as e:
+            sections.append(f'<h2 id="{name}">{name}</h2>' + _missing(f"It cannot be shown: {e}"))
     contents = "".join(f'<li><a href="#{name}">{html.escape(heading(n)[0])}</a></li>' for name, n in notebooks.items())
     try: results = markdown(results_table(profile, root))
     except Exception as e: results = _missing(f"No table of results: {e}")  # a table of any kind of damage

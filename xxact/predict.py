@@ -656,8 +656,8 @@ def make_predictor(
             network = probabilities(held, cases[case]["temperature"])[1]
             hits = [index.compare(patterns[:held_out], o, out) for o, out in ((own if composition else None, False), (own, True))]
             both = Hits(*(torch.cat(pair) for pair in zip(*hits, strict=True)))
-            counts = torch.tensor([len(o) > 0 for o in own] + [True] * held_out)  # one that nobody knows is not counted twice
-            fitted = fit_mix(*(t[counts] for t in (network.repeat(2, 1), both.match, both.own, both.space_group, group.repeat(2))))
+            told = torch.tensor([len(o) > 0 for o in own] + [True] * held_out)  # one that nobody knows is not counted twice
+            fitted = fit_mix(*(t[told] for t in (network.repeat(2, 1), both.match, both.own, both.space_group, group.repeat(2))))
             cases[case] |= dict(mix=fitted, least_match=hits[1].match[:, 0].quantile(0.01))
     row = torch.repeat_interleave(torch.arange(len(data)), data.first_element.diff())
     counts = torch.bincount(data.atomic_numbers[torch.isin(row, train)].long() - 1, minlength=103)
