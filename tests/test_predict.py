@@ -176,11 +176,14 @@ def test_known_materials_have_a_say(predictor, data, table):
 
 def test_votes_and_network_are_mixed():
     network = torch.full((1, 230), 1 / 230)
-    votes = dict(match=torch.tensor([[0.9, 0.5]]), own=torch.tensor([[False, True]]), space_group=torch.tensor([[225, 62]]))
-    first = mix(network, **votes, weights=torch.tensor([3.0, 0.0, -50.0, 0.0]))[0]
-    assert first[224] > 0.99 and mix(network, **votes, weights=torch.tensor([3.0, 0.8, -50.0, 0.0]))[0, 61] > 0.99  # of its own composition
-    torch.testing.assert_close(mix(network, **votes, weights=torch.tensor([3.0, 0.0, 80.0, 0.0])), network)  # where the network is surer
-    unknown = mix(network, votes["match"], votes["own"], torch.zeros(1, 2), torch.tensor([3.0, 0.0, -50.0, 0.0]))
+    votes = dict(match=torch.tensor([[0.9, 0.5]]), own=torch.tensor([[False, True]]), space_group=torch.tensor([[225, 62]]), lines=torch.tensor([20.0]))
+    mixed = lambda *weights, **other: mix(network, **votes | other, weights=torch.tensor(weights))
+    assert mixed(3.0, 0.0, -50.0, 0.0, 0.0)[0, 224] > 0.99
+    assert mixed(3.0, 0.8, -50.0, 0.0, 0.0)[0, 61] > 0.99  # of its own composition
+    torch.testing.assert_close(mixed(3.0, 0.0, 80.0, 0.0, 0.0), network)  # where the network is surer
+    few, many = (mixed(3.0, 0.0, 30.0, 0.0, -5.0, lines=torch.tensor([n]))[0, 224] for n in (3.0, 60.0))
+    assert few < many  # a match of many lines counts more
+    unknown = mixed(3.0, 0.0, -50.0, 0.0, 0.0, space_group=torch.zeros(1, 2))
     torch.testing.assert_close(unknown, network)  # materials without a space group have no vote
 
 

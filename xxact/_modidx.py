@@ -359,6 +359,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'xxact.predict._coarse': ('predict.html#_coarse', 'xxact/predict.py'),
                                'xxact.predict._drawn': ('predict.html#_drawn', 'xxact/predict.py'),
                                'xxact.predict._linear': ('predict.html#_linear', 'xxact/predict.py'),
+                               'xxact.predict._lines': ('predict.html#_lines', 'xxact/predict.py'),
                                'xxact.predict._measure': ('predict.html#_measure', 'xxact/predict.py'),
                                'xxact.predict._place': ('predict.html#_place', 'xxact/predict.py'),
                                'xxact.predict._quantile': ('predict.html#_quantile', 'xxact/predict.py'),
