@@ -176,7 +176,8 @@ def test_known_materials_have_a_say(predictor, data, table):
 
 def test_votes_and_network_are_mixed():
     network = torch.full((1, 230), 1 / 230)
-    votes = dict(lines=torch.tensor([20.0]), match=torch.tensor([[0.9, 0.5]]), own=torch.tensor([[False, True]]), space_group=torch.tensor([[225, 62]]))
+    places = torch.tensor([[225, 62]])
+    votes = dict(lines=torch.tensor([20.0]), match=torch.tensor([[0.9, 0.5]]), own=torch.tensor([[False, True]]), space_group=places)
     mixed = lambda *weights, **other: mix(network, **votes | other, weights=torch.tensor(weights))
     assert mixed(3.0, 0.0, -50.0, 0.0, 0.0)[0, 224] > 0.99
     assert mixed(3.0, 0.8, -50.0, 0.0, 0.0)[0, 61] > 0.99  # of its own composition
