@@ -243,8 +243,9 @@ def test_a_hash_of_digits_stays_text(tmp_path):
 
 def test_readme_says_what_the_files_say(tmp_path):
     shutil.copytree(ROOT / "figures", tmp_path / "figures")
-    shutil.copy(ROOT / "README.md", tmp_path / "README.md")
-    assert update_readme(tmp_path)
+    (tmp_path / "xxact/weights").mkdir(parents=True)
+    for name in ("README.md", "xxact/weights/card.json"): shutil.copy(ROOT / name, tmp_path / name)
+    assert "predictor" in update_readme(tmp_path)
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `make readme`"
 
 

@@ -9,7 +9,7 @@ __all__ = ['ARMS', 'OPTIONS', 'MODELS', 'ABLATIONS', 'DEFAULT_TARGETS', 'REFEREN
            'provenance', 'keep_row', 'kept_predictions', 'find_row', 'pretrain', 'enough_epochs', 'load_pretraining',
            'pretraining_scores', 'finetune', 'write_predictions', 'dummy_scores', 'ship', 'NotebookFailed',
            'run_notebook', 'reproduce', 'read_results', 'results_table', 'accuracy_table', 'keep_verdict', 'verdicts',
-           'changes_table', 'update_readme', 'conditions', 'main']
+           'changes_table', 'update_readme', 'conditions', 'predictor_table', 'main']
 
 # %% ../nbs/12_reproduce.ipynb #7101ca53
 import argparse
@@ -803,7 +803,7 @@ def results_table(
 
 def _as_table(df: "pl.DataFrame") -> str:
     shown = {c: label for c, label in SHOWN.items() if c in df.columns}
-    lines = [["model", *shown.values(), "seeds", "trained on", "seconds a run", "commit"], ["---"] * (len(shown) + 5)]
+    lines = [["model", *shown.values(), "seeds", "trained on", "seconds a run", "commit"]]
     for (model,), runs in df.group_by("model", maintain_order=True):
         seeds = runs["seed"].drop_nulls().len()
         cells = [_with_spread(runs[c].drop_nulls(), c.endswith("accuracy")) for c in shown]
@@ -812,7 +812,14 @@ def _as_table(df: "pl.DataFrame") -> str:
             about = [str(seeds), f"{runs['training_materials'][0]:,}", f"{seconds:,.0f}" if seconds else "",
                      ", ".join(runs["commit"].drop_nulls().unique(maintain_order=True))]
         lines.append([model, *cells, *about])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return _as_markdown(lines)
+
+
+def _as_markdown(lines: Sequence[Sequence[str]]) -> str:
+    "A table, its header first."
+    import polars as pl
+    from xxact.sources import markdown_table
+    return markdown_table(pl.DataFrame(lines[1:], lines[0], orient="row"))
 
 
 def accuracy_table(
@@ -853,8 +860,7 @@ def changes_table(
     for r in pl.read_csv(root / "figures" / profile / "changes.csv").iter_rows(named=True):
         cell = f"{r['change']:+.1%} ({r['low']:+.1%} to {r['high']:+.1%})"
         table.setdefault((r["model"], r["against"]), {})[label(r["target"])] = cell.replace("%", " %")
-    lines = [["model", "against", *next(iter(table.values()))], ["---"] * (2 + len(next(iter(table.values()))))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *([*k, *v.values()] for k, v in table.items())])
+    return _as_markdown([["model", "against", *next(iter(table.values()))], *([*k, *v.values()] for k, v in table.items())])
 
 
 def _with_spread(values: "pl.Series", percent: bool) -> str:
@@ -893,7 +899,25 @@ def conditions(
             f"{df.filter(pl.col('id').is_not_null())['seed'].n_unique()} seed(s), {row['epochs']} epochs, {row['hardware']}, {row['versions']}.")
 
 
-BLOCKS = dict(results=results_table, changes=changes_table, conditions=conditions, accuracy=accuracy_table, verdicts=verdicts)
+def predictor_table(
+    _: str,
+    root: Path,
+) -> str:  # Markdown
+    "What the shipped predictor is worth on drawn patterns of test materials, from its card."
+    test = json.loads((root / "xxact/weights/card.json").read_text(encoding="utf-8"))["test"]
+    shown = {key: label for key, label in SHOWN.items() if key in test["formula"]}
+    percent = lambda values: "to".join(f" {100 * v:.1f} " for v in sorted({min(values), max(values)})).strip() + " %"
+    lines = [["known", *shown.values(), "90 % intervals cover", "calibration error of the symmetry"]]
+    for case, score in test.items():
+        both = [[score[k] for k in (key, f"{key}/known") if k in score] for key in shown]
+        cells = [" / ".join(f"{100 * v:.1f} %" for v in values) if key.endswith("accuracy") else f"{values[0]:.3f}"
+                 for key, values in zip(shown, both, strict=True)]
+        lines.append([case, *cells, *(percent([v for k, v in score.items() if word in k]) for word in ("/coverage", "/calibration_error"))])
+    return _as_markdown(lines)
+
+
+BLOCKS = dict(results=results_table, changes=changes_table, conditions=conditions, accuracy=accuracy_table, verdicts=verdicts,
+              predictor=predictor_table)
 
 # %% ../nbs/12_reproduce.ipynb #7eb17d07
 def main(arguments: Sequence[str] | None = None) -> int:
