@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -297,3 +298,15 @@ def test_other_reflections_keep_everything_else(tmp_path):
         np.testing.assert_allclose(seen.reflections.intensity[mine], y / y.max(), atol=1e-4)
     other.save(tmp_path / "other.safetensors")
     assert MaterialSet.load(tmp_path / "other.safetensors").fingerprint() == other.fingerprint()
+
+
+def test_fingerprint_knows_the_data_but_not_the_processor(tmp_path):
+    data = MaterialSet.from_table(load_table("prototypes:60", cache=tmp_path), ["volume_per_atom"])
+    changed = lambda **fields: replace(data, **fields).fingerprint()
+    flips = torch.randint(-1, 2, data.sqrt_intensity.shape, generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    assert changed(sqrt_intensity=data.sqrt_intensity + flips * (data.sqrt_intensity < 32767)) == data.fingerprint()  # the last of 16 bits
+    targets, group = data.targets.clone(), data.space_group.clone()
+    targets[7] *= 1 + 1e-6; group[7] = 1
+    others = [changed(targets=targets), changed(space_group=group), changed(ln_d=data.ln_d + 10), changed(ln_d=data.ln_d.flip(0)),
+              changed(split=1 - data.split.clamp(max=1)), data.with_targets([]).fingerprint()]  # fmt: skip
+    assert len({data.fingerprint(), *others}) == len(others) + 1

@@ -344,9 +344,16 @@ class MaterialSet:
         return replace(self, split=torch.tensor([side[s] for s in systems], dtype=torch.uint8))
 
     def fingerprint(self) -> str:
-        "Hash of the contents, for a run's id."
-        h = hashlib.sha256(json.dumps(self.target_names).encode())
-        for t in self.tensors().values(): h.update(t.cpu().contiguous().numpy().tobytes())
+        "Hash of the contents, for a run's id; of the reflections four digits of their moments."
+        moments, n, step = torch.zeros(4, dtype=torch.float64), len(self.ln_d), 2**15  # a piece fits into the cache
+        for begin in range(0, n, step):
+            ln_d, y = (t[begin : begin + step].cpu() for t in (self.ln_d, self.sqrt_intensity))
+            ln_d, y = _unpack(ln_d, *_LN_D).double(), _unpack(y, 0, 1).double() ** 2
+            place = torch.arange(begin, begin + len(y), dtype=torch.float64) / n
+            moments += torch.stack([torch.ones_like(y), ln_d, ln_d**2, place]) @ y
+        h = hashlib.sha256(json.dumps([self.target_names, [f"{m:.3e}" for m in moments.tolist()]]).encode())
+        for name, t in self.tensors().items():
+            if name not in ("ln_d", "sqrt_intensity", "first_reflection"): h.update(t.cpu().contiguous().numpy().tobytes())
         return h.hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
