@@ -274,7 +274,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'xxact.pages._figure': ('pages.html#_figure', 'xxact/pages.py'),
                              'xxact.pages._missing': ('pages.html#_missing', 'xxact/pages.py'),
                              'xxact.pages._notebook': ('pages.html#_notebook', 'xxact/pages.py'),
-                             'xxact.pages._write': ('pages.html#_write', 'xxact/pages.py'),
                              'xxact.pages.executed_parameters': ('pages.html#executed_parameters', 'xxact/pages.py'),
                              'xxact.pages.heading': ('pages.html#heading', 'xxact/pages.py'),
                              'xxact.pages.is_whole': ('pages.html#is_whole', 'xxact/pages.py'),
@@ -450,7 +449,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'xxact.reproduce._status': ('reproduce.html#_status', 'xxact/reproduce.py'),
                                  'xxact.reproduce._validation': ('reproduce.html#_validation', 'xxact/reproduce.py'),
                                  'xxact.reproduce._with_spread': ('reproduce.html#_with_spread', 'xxact/reproduce.py'),
-                                 'xxact.reproduce._write': ('reproduce.html#_write', 'xxact/reproduce.py'),
                                  'xxact.reproduce._write_json': ('reproduce.html#_write_json', 'xxact/reproduce.py'),
                                  'xxact.reproduce.accuracy_table': ('reproduce.html#accuracy_table', 'xxact/reproduce.py'),
                                  'xxact.reproduce.changes_table': ('reproduce.html#changes_table', 'xxact/reproduce.py'),
@@ -588,7 +586,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'xxact.trainer._memory': ('trainer.html#_memory', 'xxact/trainer.py'),
                                'xxact.trainer._order': ('trainer.html#_order', 'xxact/trainer.py'),
                                'xxact.trainer._train_from_file': ('trainer.html#_train_from_file', 'xxact/trainer.py'),
-                               'xxact.trainer._write': ('trainer.html#_write', 'xxact/trainer.py'),
                                'xxact.trainer.averaged': ('trainer.html#averaged', 'xxact/trainer.py'),
                                'xxact.trainer.averaged.__enter__': ('trainer.html#averaged.__enter__', 'xxact/trainer.py'),
                                'xxact.trainer.averaged.__exit__': ('trainer.html#averaged.__exit__', 'xxact/trainer.py'),
@@ -608,4 +605,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'xxact.trainer.read_log': ('trainer.html#read_log', 'xxact/trainer.py'),
                                'xxact.trainer.run_id': ('trainer.html#run_id', 'xxact/trainer.py'),
                                'xxact.trainer.share_of': ('trainer.html#share_of', 'xxact/trainer.py'),
-                               'xxact.trainer.train': ('trainer.html#train', 'xxact/trainer.py')}}}
+                               'xxact.trainer.train': ('trainer.html#train', 'xxact/trainer.py'),
+                               'xxact.trainer.write_whole': ('trainer.html#write_whole', 'xxact/trainer.py')}}}

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from .fusion import choose
 from .reproduce import defaults, experiments, parameters, profiles, project_root, results_table
+from .trainer import write_whole
 
 # %% ../nbs/15_pages.ipynb #9a921042
 STYLE = """
@@ -98,13 +99,6 @@ def is_whole(picture: Path) -> bool:
     return True
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def _missing(text: str) -> str: return f'<p class="missing">{html.escape(text)}</p>'
 
 
@@ -164,7 +158,7 @@ def write_index(
     try: results = markdown(results_table(profile, root))
     except Exception as e: results = _missing(f"No table of results: {e}")  # a table of any kind of damage
     body = f"<h1>Results, profile {profile}</h1>\n<ol>{contents}</ol>\n<h2>Models</h2>\n{results}\n" + "\n".join(sections)
-    _write(out, page(f"xxact: {profile}", body))
+    write_whole(out, page(f"xxact: {profile}", body))
     return out
 
 # %% ../nbs/15_pages.ipynb #efed4ea3
@@ -195,7 +189,7 @@ def write_site(
     if out.exists() and not (out / SITE).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there and holds no site of ours; give another folder, or delete it")
     shutil.rmtree(out, ignore_errors=True)
-    _write(out / SITE, "made by xxact docs, and deleted by it\n")
+    write_whole(out / SITE, "made by xxact docs, and deleted by it\n")
     lost: list[str] = []
 
     def led(source: Path, match: re.Match[str]) -> str:
@@ -207,7 +201,7 @@ def write_site(
             files = sorted(p for p in target.iterdir() if p.is_file())
             there = f"{name}/index.html"
             items = "".join(f'<li><a href="{p.name}">{p.name}</a></li>' for p in files)
-            _write(out / there, page(name, f"<h1>{name}</h1><ul>{items}</ul>"))
+            write_whole(out / there, page(name, f"<h1>{name}</h1><ul>{items}</ul>"))
             for p in files: shutil.copyfile(p, out / name / p.name)
         elif name not in names and target.is_file():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +222,7 @@ def write_site(
             body += f"<h2>Pages</h2><ul>{items}</ul>"
         body = re.sub(r'<a class="anchor-link".*?</a>', "", body)
         body = _LINK.sub(lambda m: led(source, m), body) if i else _LINK.sub(lambda m: m[0] if m[2] in names.values() else led(source, m), body)  # noqa: B023
-        _write(out / address(source), page(heading(source)[0], colours + body, links))
+        write_whole(out / address(source), page(heading(source)[0], colours + body, links))
     if lost: raise ValueError(f"{len(lost)} links lead nowhere: {'; '.join(lost)}")
     return out / "index.html"
 

@@ -49,7 +49,7 @@ from .materials import TARGETS, MaterialSet, read_table
 from .mxm import TrivialPredictors, hide_windows, window_errors
 from .patterns import Measured, read_pattern, to_reflections, write_pattern
 from .predict import Predictor, make_index, make_predictor, measured_set, read_references, score_predictor, score_references
-from .trainer import RECIPE, Predictions, Pretraining, Supervised, draws, pick_device, predict, read_log, run_id, train
+from .trainer import RECIPE, Predictions, Pretraining, Supervised, draws, pick_device, predict, read_log, run_id, train, write_whole
 
 if TYPE_CHECKING:
     import polars as pl
@@ -334,13 +334,7 @@ class Run:
         return results
 
 
-def _write_json(path: Path, value: dict) -> None: _write(path, json.dumps(value, indent=1))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def _write_json(path: Path, value: dict) -> None: write_whole(path, json.dumps(value, indent=1))
 
 
 def provenance() -> dict[str, str]:
@@ -705,7 +699,7 @@ def run_notebook(
         bar.set_postfix_str("")
     if child.returncode: raise _failure(copy, messages)
     page, _ = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(copy))
-    _write(copy.with_suffix(".html"), page)
+    write_whole(copy.with_suffix(".html"), page)
     return copy
 
 
@@ -771,7 +765,7 @@ def reproduce(
             began = time.time()
             run_notebook(notebook, params, out, root)
             made = sorted(p.name for p in figures.glob("*") if p.stat().st_mtime >= began - 1)
-            _write(stamp, json.dumps(dict(key=key, figures=made)))
+            write_whole(stamp, json.dumps(dict(key=key, figures=made)))
         done.append(copy)
     return done
 
@@ -838,7 +832,7 @@ def keep_verdict(
 ) -> None:
     "Write down in one sentence what an experiment has shown."
     figures.mkdir(parents=True, exist_ok=True)
-    _write(figures / f"{name}.md", text + "\n")
+    write_whole(figures / f"{name}.md", text + "\n")
 
 
 def verdicts(

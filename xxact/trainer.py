@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NEARLY_SOLVED', 'RECIPE', 'REQUEUE', 'EXPLODED', 'draws', 'batch_indices', 'Prepared', 'Supervised', 'Pretraining',
            'Share', 'share_of', 'Feed', 'pick_precision', 'compile_objective', 'learning_rate', 'pick_device', 'Log',
-           'read_log', 'Terminated', 'gone_wrong', 'Best', 'held_out_losses', 'train', 'averaged', 'Predictions',
-           'predict', 'main', 'launch', 'run_id']
+           'read_log', 'write_whole', 'Terminated', 'gone_wrong', 'Best', 'held_out_losses', 'train', 'averaged',
+           'Predictions', 'predict', 'main', 'launch', 'run_id']
 
 # %% ../nbs/09_trainer.ipynb #bbecaf74
 import argparse
@@ -354,7 +354,7 @@ class Log:
     def __init__(self, path: Path, step: int = 0):
         self.path = path
         kept = [row for row in read_log(path) if row["step"] <= step] if step else []
-        _write(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError: self.board = None
         else: self.board = SummaryWriter(path.parent, purge_step=step + 1)
@@ -380,9 +380,11 @@ def read_log(path: str | Path) -> list[dict]:
     return rows
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    "Write a file whole or not at all."
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -585,7 +587,7 @@ def train(
                                 "fault, not the materials; run the same again")
         ids, lines = data.material_ids, {"step": step, "loss": name, "value": str(value)}
         lines["materials"] = [ids[i] for i in chosen(step - 1)]
-        if rank == 0: _write(folder / "bad_step.json", json.dumps(lines))
+        if rank == 0: write_whole(folder / "bad_step.json", json.dumps(lines))
         return ValueError(f"{name} is {value:g} at step {step} ({', '.join(lines['materials'][:3])} …, all in {folder / 'bad_step.json'}); "
                           f"lower lr (now {lr:g}), or look at these materials")
 
