@@ -554,3 +554,30 @@ def test_kbeta_in_a_cif_is_not_the_wavelength(tmp_path):
 def test_a_monochromator_has_an_angle():
     with pytest.raises(ValueError, match="monochromator=nan must be within 0 to 180"):
         to_reflections(as_pattern(X, Y, "CuKa"), monochromator=float("nan"))
+
+
+@pytest.mark.parametrize(("line", "wavelength"), [("# Co tube, Fe filter", 1.79026), ("# filter Ni 0.5 lambda 1.5406", 1.5406),
+                                                  ("# Kalpha1=1.54056 Kalpha2=1.54439", 1.54056), ("# lambda detector 2.5 mm", 1.54184)])  # fmt: skip
+def test_a_filter_or_a_detector_is_no_tube(tmp_path, line, wavelength):
+    (tmp_path / "a.xy").write_text(line + "\n" + "".join(f"{x:.2f} {5 + x % 7:.1f}\n" for x in np.arange(10, 80, 0.5)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert abs(read_pattern(tmp_path / "a.xy").wavelength / wavelength - 1) < 2e-3
+
+
+@pytest.mark.parametrize("title", ["Wavevector Q (A-1),Int", "Q / \\AA^-1\tcounts", "Momentum transfer\tI", "Q\tI\nA^-1\ta.u."])
+def test_an_abscissa_that_is_q_in_any_words(tmp_path, title):
+    q = np.linspace(0.5, 6, 800)
+    (tmp_path / "a.dat").write_text(title + "\n" + "".join(f"{x:.4f}\t{10 + 100 * np.exp(-(((x - 2) / 0.02) ** 2)):.3f}\n" for x in q))
+    with pytest.warns(UserWarning, match="column 1 is taken for q in Å⁻¹"): p = read_pattern(tmp_path / "a.dat", "CuKa1")
+    assert abs(p.two_theta[-1] - np.degrees(2 * np.arcsin(6 * 1.54056 / (4 * np.pi)))) < 0.01
+
+
+def test_kalpha2_is_not_taken_out_of_what_has_none():
+    x = np.arange(30, 90, 0.02)
+    lines = sum(h * np.exp(-4 * np.log(2) * ((x - at) / 0.1) ** 2) for at, h in ((40, 500), (66, 900), (75.3, 1000), (84.1, 800)))
+    second = sum(h * np.exp(-4 * np.log(2) * ((x - np.degrees(2 * np.arcsin(1.002486 * np.sin(np.radians(at / 2))))) / 0.1) ** 2)
+                 for at, h in ((40, 250), (66, 450), (75.3, 500), (84.1, 400)))  # fmt: skip
+    for y in (lines, lines + second):
+        at, area = find_peaks(as_pattern(x, y + 50, "CuKa"))
+        np.testing.assert_allclose(at[area > 0.05 * area.max()], [40, 66, 75.3, 84.1], atol=0.02)

@@ -326,6 +326,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'xxact.patterns.even_grid': ('patterns.html#even_grid', 'xxact/patterns.py'),
                                 'xxact.patterns.find_peaks': ('patterns.html#find_peaks', 'xxact/patterns.py'),
                                 'xxact.patterns.read_pattern': ('patterns.html#read_pattern', 'xxact/patterns.py'),
+                                'xxact.patterns.shows_kalpha2': ('patterns.html#shows_kalpha2', 'xxact/patterns.py'),
                                 'xxact.patterns.to_reflections': ('patterns.html#to_reflections', 'xxact/patterns.py'),
                                 'xxact.patterns.tube_lines': ('patterns.html#tube_lines', 'xxact/patterns.py'),
                                 'xxact.patterns.without_kalpha2': ('patterns.html#without_kalpha2', 'xxact/patterns.py'),

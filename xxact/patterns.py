@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'Pattern', 'as_wavelength', 'Scan', 'as_pattern', 'read_pattern', 'write_pattern', 'even_grid', 'background',
-           'without_kalpha2', 'find_peaks', 'tube_lines', 'Measured', 'to_reflections']
+           'without_kalpha2', 'shows_kalpha2', 'find_peaks', 'tube_lines', 'Measured', 'to_reflections']
 
 # %% ../nbs/02_patterns.ipynb #ef95cf36
 import io
@@ -122,6 +122,8 @@ _COLUMNS = dict(two_theta=("2theta", "twotheta", "2th", "tth", "2θ", "angle", "
                 q=("q", "qvalue", "q1", "qa1", "q1a", "qinva"), q_nm=("qnm1", "q1nm", "qinvnm"), d=("d", "dspacing", "dvalue"),
                 intensity=("intensity", "int", "i", "counts", "cps", "y", "yobs", "iobs", "obs"))
 _OTHER = re.compile(r"\b(energy|k?ev|time|omega|chi|phi|sin|rad|radians|scattering|tof|channel|s)\b", re.IGNORECASE)  # that are no 2θ, q or d
+_RECIPROCAL = re.compile(r"""(^|[\s,;"#])q($|[\s,;"(\[/])|wave ?vector|momentum|(Å|\ba|angstrom|nm)\s*\)?\s*\^?\{?[-⁻][1¹]|\b1\s*/\s*\\?(Å|a|nm)""",
+                         re.IGNORECASE)  # that are q
 _PIECE, _LINE = 2**23, 100_000  # characters read at once, and in one line
 
 
@@ -159,9 +161,9 @@ def _named_columns(fields: list[str]) -> dict[str, int]:
     return {meaning: min(places)[1] for meaning, places in found.items() if places}
 
 
-def _pick_columns(title: str, rows: list[str], separator: str | None) -> tuple[tuple[int, ...], str | None]:
-    "Places of angle and intensity (and of d, where it stands beside 2θ), and the angle's unit where the title says it."
-    n = len(_fields(rows[0], separator))
+def _pick_columns(above: list[str], rows: list[str], separator: str | None) -> tuple[tuple[int, ...], str | None]:
+    "Places of angle and intensity (and of d, where it stands beside 2θ), and the angle's unit where the lines above (last: the title) say it."
+    n, title = len(_fields(rows[0], separator)), (above or [""])[-1]
     split = ([f for f in _fields(title.lstrip("#'!;/* "), s) if f[:1] not in ("(", "[")] for s in (separator, "\t", ",", None))
     titles = next((t for t in split if len(t) == n and not any(map(_NUMBER.match, t))), [])
     names = _named_columns(titles)
@@ -177,6 +179,10 @@ def _pick_columns(title: str, rows: list[str], separator: str | None) -> tuple[t
         if len(first) > 2 and (first == 1).all() and ((second > 0).all() or (second < 0).all()) and not (second == 1).all():
             warnings.warn(f"column 1 counts the lines; columns 2 and 3 of {n} are taken for 2θ and intensity", stacklevel=5)
             return (1, 2), None
+    if any(map(_RECIPROCAL.search, above)):
+        unit = "q_nm" if any("nm" in s.lower() for s in above) else "q"
+        warnings.warn(f"column 1 is taken for q in {'nm⁻¹' if unit == 'q_nm' else 'Å⁻¹'}, column 2 of {n} for the intensity", stacklevel=5)
+        return (0, 1), unit
     if n > 3 or titles: warnings.warn(f"columns 1 and 2 of {n} are taken for 2θ and intensity", stacklevel=5)
     return (0, 1), None
 
@@ -197,7 +203,7 @@ def _read_columns(lines: Iterator[str]) -> Scan:
         if columns is None:
             separator, n = _separator(rows[0]), len(_fields(rows[0], _separator(rows[0])))
             decimal_comma = separator != "," and any("," in s for s in rows)
-            columns, unit = _pick_columns(next((s for s in reversed(head) if s.strip()), ""), rows, separator)
+            columns, unit = _pick_columns([s for s in head if s.strip()][-2:], rows, separator)
         if decimal_comma and (both := next((i for i, s in numbered if "." in s and "," in s), None)):
             raise ValueError(f"line {both} has numbers with points and with commas; which is the decimal sign?")
         if uneven := next((i for i, s in numbered if len(s.rstrip(separator).split(separator)) != n), None):
@@ -224,13 +230,16 @@ def _header_wavelength(head: list[str]) -> tuple[float | None, dict]:  # Å; ano
     first, metadata = None, {}
     for line in head:
         says = lambda pattern: re.search(pattern, line, re.IGNORECASE)  # noqa: B023
-        if m := says(r"(?:anode|target|tube|radiation)[^\n]{0,20}?\b(Cu|Mo|Co|Cr|Fe|Ag)(?:\b|K)"): metadata["anode"] = m[1].capitalize()
-        if not says(r"wave[\s_]*length|lambda|λ|k-?alpha") or says(r"range|step|beta|ratio"): continue
+        what, of = r"\b(Cu|Mo|Co|Cr|Fe|Ag)(?:\b|K)", "(?:anode|target|tube|radiation)"
+        tube = says(rf"{what}\W?\w*\W?{of}\b") or says(rf"{of}(?:(?!filter)[^\n]){{0,20}}?{what}(?!\s*filter)")
+        if tube: metadata["anode"] = tube[1].capitalize()
+        keyword = says(r"wave[\s_]*length|lambda|λ|k-?alpha")
+        if not keyword or says(r"range|step|beta|ratio|detector"): continue
         scale = 10 if re.search(r"\bnm\b", line) else 1e10 if re.search(r"\bm\b", line) else 1
-        values = [scale * float(v.replace(",", ".")) for v in re.findall(r"(?<![\d.])\d+[.,]\d+(?:e-?\d+)?", line, re.IGNORECASE)]
+        values = [scale * float(v.replace(",", ".")) for v in re.findall(r"(?<![\d.])\d+[.,]\d+(?:e-?\d+)?", line[keyword.end() :], re.IGNORECASE)]
         values = [v for v in values if 0.1 <= v <= 3]
         if not values: warnings.warn(f"the wavelength is not understood: {line.strip()[:60]!r}", stacklevel=4)
-        elif says(r"alpha-?\s?2"): metadata["kalpha2"] = values[0]
+        elif says(r"alpha-?\s?2") and not says(r"alpha-?\s?1"): metadata["kalpha2"] = values[0]
         elif first is None:
             first = values[0]
             if len(values) > 1 and first < values[1] < 1.02 * first: metadata["kalpha2"] = values[1]
@@ -261,6 +270,7 @@ def _check_axis(name: str | None) -> None:
 
 def _numbers(lines: list[str], separator: str | None = None) -> np.ndarray:
     "A table of numbers."
+    if long := next((s for s in lines if len(s) > _LINE), ""): raise ValueError(f"has a line of {len(long):,} characters; {_LINE:,} are too many")
     return np.loadtxt([s for s in lines if s.strip()], delimiter=separator, ndmin=2)
 
 
@@ -292,6 +302,8 @@ def _read_uxd(text: str) -> Scan:
     _check_axis(said.get("DRIVE"))
     rows = [s for s in parts[2].splitlines() if s.strip() and s.lstrip()[0] not in ";_"]
     x, y = _numbers(rows).T[:2] if parts[1].startswith("2THETA") else (None, np.array([float(v) for s in rows for v in s.split()]))
+    if (n := said.get("STEPCOUNT", "")).isdigit() and len(y) < int(n):
+        raise ValueError(f"{len(y)} points, but the header promises {n}; the file is cut off")
     if x is None or {"START", "STEPSIZE"} <= said.keys():  # the column is rounded to two or three digits
         exact = float(said["START"]) + float(said["STEPSIZE"]) * np.arange(len(y))
         if x is None or np.abs(x - exact).max() < 0.006: x = exact
@@ -345,7 +357,7 @@ _LARGEST = 8 * 2**20  # bytes of one file, or of one member of an archive, that 
 
 
 def _xml(text: str) -> ElementTree.Element:
-    if "<!DOCTYPE" in text or "<!ENTITY" in text: raise ValueError("XML that declares entities is not read")
+    if "<!DOCTYPE" in text or "<!ENTITY" in text or "\0" in text: raise ValueError("XML that declares entities is not read")
     if max(text.count("<"), text.count("=")) > 1_000_000: raise ValueError("XML of more than a million elements or attributes is not read")
     depth, events = 0, ElementTree.iterparse(io.StringIO(text), ("start", "end"))
     for event, _ in events:
@@ -538,9 +550,9 @@ def write_pattern(
     "Write two columns, 2θ and intensity, with the wavelength in a comment unless it was assumed. Raises `ValueError` where a file is in the way."
     lines = ({} if p.metadata.get("wavelength_assumed") else {"wavelength": p.wavelength}) | {k: v for k, v in p.metadata.items() if k == "kalpha2"}
     head = "".join(f"# {k} = {v:.6f} Å\n" for k, v in lines.items()) + "# 2theta (deg) intensity\n"
-    body = "".join(f"{x:.6f} {y:.8g}\n" for x, y in zip(p.two_theta, p.intensity))
+    body = (f"{x:.6f} {y:.8g}\n" for x, y in zip(p.two_theta, p.intensity, strict=True))
     try:
-        with Path(path).open("x") as f: f.write(head + body)
+        with Path(path).open("x") as f: f.writelines(chain([head], body))
     except FileExistsError: raise ValueError(f"{path} exists already") from None
 
 # %% ../nbs/02_patterns.ipynb #5f63f9ba
@@ -589,6 +601,23 @@ def without_kalpha2(
     return spsolve_triangular((eye_array(n) + ratio * copy).tocsr(), intensity, lower=True)
 
 # %% ../nbs/02_patterns.ipynb #c01567f3
+def shows_kalpha2(
+    two_theta: np.ndarray,  # (k,) degrees, an even grid
+    intensity: np.ndarray,  # (k,)
+    shift: float,  # Kα2's wavelength / Kα1's - 1
+) -> bool:
+    "Whether strong peaks have a second half as high where Kα2 would be, or lie where it cannot be told apart."
+    from scipy.ndimage import gaussian_filter1d as smooth
+    from scipy.signal import find_peaks as maxima
+    from scipy.signal import peak_widths
+    step = two_theta[1] - two_theta[0]
+    net = smooth(intensity - background(intensity, step), max(1.0, 0.02 / step))
+    at, _ = maxima(net, height=0.05 * net.max(), distance=max(1, round(0.4 / step)))
+    there = np.degrees(2 * np.arcsin((np.sin(np.radians(two_theta[at] / 2)) * (1 + shift)).clip(max=1)))
+    apart = (there - two_theta[at] > 1.2 * step * peak_widths(net, at)[0]) & (there < two_theta[-1])
+    return not apart.any() or bool(np.median(np.interp(there[apart], two_theta, net) / net[at][apart]) > 0.25)
+
+
 def find_peaks(
     p: Pattern,
     remove_background: bool = True,
@@ -601,7 +630,8 @@ def find_peaks(
     from scipy.signal import peak_prominences, peak_widths
     if not p.intensity.max() > 0: raise ValueError("no intensity is above 0")
     x, y, step = even_grid(p)
-    if strip_kalpha2 is not False and (shift := tube_lines(p, strip_kalpha2)[1]): y = without_kalpha2(x, y, shift)
+    if strip_kalpha2 is not False and (shift := tube_lines(p, strip_kalpha2)[1]):
+        if strip_kalpha2 or "kalpha2" in p.metadata or shows_kalpha2(x, y, shift): y = without_kalpha2(x, y, shift)
     rough = smooth(y - background(y, step), max(1.0, 0.02 / step))
     strong, _ = maxima(rough, height=0.2 * rough.max(), distance=max(1, round(0.3 / step)))
     if not len(strong) or rough.max() < 1e-6 * np.abs(y).max(): raise ValueError("no peak stands out of the pattern")
