@@ -35,4 +35,4 @@ readme: setup
 	$(BIN)/xxact readme
 
 clean:
-	rm -rf .venv runs figures/smoke data/*.parquet
+	rm -rf .venv runs figures/smoke data/*-????????.parquet data/*.rejects.parquet  # your own tables stay
