@@ -85,18 +85,20 @@ def uncut(request, data_file, tmp_path_factory):
     return request.param, folder
 
 
-def test_ten_kills_in_a_row(uncut, data_file, tmp_path):
-    (task, whole), cut, kills = uncut, tmp_path / "cut", 0
-    rng = random.Random(0)
-    while kills < 10:
-        process, before = start(*arguments(task, data_file, cut)), steps(cut)
-        while process.poll() is None and steps(cut) < before + rng.choice((0, 2)): time.sleep(0.01)
+def test_ten_kills_in_a_row(data_file, tmp_path, uncut):
+    task, whole, cut, rng = uncut[0], tmp_path / "whole", tmp_path / "cut", random.Random(0)
+    command = lambda folder: arguments(task, data_file, folder, epochs=30)
+    assert start(*command(whole)).wait() == 0
+    for _ in range(10):
+        goal = steps(cut) + rng.choice((1, 3))
+        process = start(*command(cut))
+        while process.poll() is None and steps(cut) < goal: time.sleep(0.002)
         time.sleep(rng.random() * 0.05)
         assert process.poll() is None, "it was done before ten kills"
         process.send_signal(signal.SIGKILL)
-        kills += 1
         process.wait()
-    assert start(*arguments(task, data_file, cut)).wait() == 0
+        assert steps(cut) >= goal, "it was killed before it trained"
+    assert start(*command(cut)).wait() == 0
     assert log_of(cut) == log_of(whole) and same_weights(cut, whole)
 
 
@@ -519,3 +521,23 @@ def test_held_out_losses_use_every_material(data_file):
     it.augment, it.modality_dropout = "ideal", 0  # nothing is drawn
     whole, parts = held_out_losses(it.eval(), data, index, 64), held_out_losses(it, data, index, 5)
     assert whole["volume_per_atom"] == pytest.approx(parts["volume_per_atom"], abs=1e-5)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(data_file, tmp_path, monkeypatch):
+    data = MaterialSet.load(data_file)
+    trained("finetune", data, tmp_path, epochs=1)
+    kept = (tmp_path / "state.pt").read_bytes()
+    def broken(*args, **kwargs): raise OSError(5, "Input/output error")
+    monkeypatch.setattr(torch, "load", broken)
+    with pytest.raises(OSError, match="Input/output"): trained("finetune", data, tmp_path, epochs=1)
+    assert (tmp_path / "state.pt").read_bytes() == kept
+
+
+@pytest.mark.parametrize("wrong", [dict(mxm_weight=math.nan), dict(contrastive_weight=math.inf), dict(mask_share=0), dict(mask_share=1.0)])
+def test_settings_are_refused_before_a_folder_is_taken(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))): Pretraining(XxaCT("nano"), 1.0, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [dict(symmetry_weight=math.nan), dict(modality_dropout=1.5)])
+def test_supervision_is_refused_before_a_folder_is_taken(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))): Supervised(XxaCT("nano", targets=["band_gap"]), **wrong)

@@ -91,7 +91,8 @@ class Supervised(nn.Module):
     ):
         super().__init__()
         choose("augment", augment, tuple(AUGMENTATIONS))
-        if symmetry_weight < 0: raise ValueError(f"symmetry_weight={symmetry_weight} must not be negative")
+        if not 0 <= symmetry_weight < math.inf: raise ValueError(f"symmetry_weight={symmetry_weight} must be finite and not negative")
+        drop_modalities(1, modality_dropout, draws(0, 0))  # refuses what cannot be
         if not model.config["targets"] and symmetry_weight == 0: raise ValueError("no targets and symmetry_weight=0: there is nothing to learn")
         self.model, self.symmetry_weight, self.modality_dropout, self.augment = model, symmetry_weight, modality_dropout, augment
         self.settings = dict(symmetry_weight=symmetry_weight, modality_dropout=modality_dropout, augment=augment)
@@ -155,8 +156,9 @@ class Pretraining(nn.Module):
         if model.config["modalities"] != "both":
             raise ValueError("pretraining needs modalities='both'; unimodal models take over its encoders")
         choose("augment", augment, tuple(AUGMENTATIONS))
-        if min(mxm_weight, contrastive_weight) < 0 or max(mxm_weight, contrastive_weight) == 0:
-            raise ValueError(f"mxm_weight={mxm_weight} and contrastive_weight={contrastive_weight}: neither may be negative, nor both 0")
+        if not (0 <= mxm_weight < math.inf and 0 <= contrastive_weight < math.inf) or max(mxm_weight, contrastive_weight) == 0:
+            raise ValueError(f"mxm_weight={mxm_weight} and contrastive_weight={contrastive_weight} must be finite and not negative, nor both 0")
+        if mxm_weight: hide_windows(1, mask_share, draws(0, 0), mask_run)  # refuses what cannot be hidden
         self.model, self.mxm_weight, self.contrastive_weight = model, mxm_weight, contrastive_weight
         self.mask_share, self.mask_run, self.mean_pattern_error, self.augment = mask_share, mask_run, mean_pattern_error, augment
         self.settings = dict(mxm_weight=mxm_weight, contrastive_weight=contrastive_weight, mask_share=mask_share, mask_run=mask_run, augment=augment)
@@ -418,6 +420,7 @@ class _State:
                     if bad := z.testzip(): raise ValueError(bad)  # a checksum does not fit; torch.load does not look
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 saved = state["settings"]
+            except (OSError, MemoryError): raise  # the file may be good: nothing is thrown away
             except Exception as e: damaged.append(f"{path} is damaged ({type(e).__name__})"); continue
             if differ := [k for k in self.settings if saved.get(k) != self.settings[k]]:
                 was, now = saved.get(differ[0]), self.settings[differ[0]]
