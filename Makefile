@@ -35,4 +35,4 @@ readme: setup
 	$(BIN)/xxact readme
 
 clean:
-	rm -rf .venv runs figures/smoke data/*-????????.parquet data/*.rejects.parquet  # your own tables stay
+	rm -rf .venv runs figures/smoke data/*-[0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f].parquet data/*-[0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f].rejects.parquet

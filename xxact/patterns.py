@@ -587,18 +587,20 @@ def without_kalpha2(
     two_theta: np.ndarray,  # (k,) degrees, an even grid
     intensity: np.ndarray,  # (k,)
     shift: float = 2.486e-3,  # Kα2's wavelength / Kα1's - 1; of Cu
-    ratio: float = 0.5,  # Kα2's intensity / Kα1's
+    ratio: float = 0.5,  # Kα2's intensity / Kα1's, below 1
 ) -> np.ndarray:  # (k,) the intensity of Kα1
     "Take Kα2 out of a pattern."
-    from scipy.sparse import coo_array, eye_array
-    from scipy.sparse.linalg import spsolve_triangular
-    n, rows = len(two_theta), np.arange(len(two_theta))
+    rows = np.arange(len(two_theta))
     origin = np.degrees(2 * np.arcsin(np.sin(np.radians(two_theta / 2)) / (1 + shift)))
     place = (origin - two_theta[0]) / (two_theta[1] - two_theta[0])
     place = np.where(place < 0, rows, place)  # as if what lies before the first point were like it
     low = np.floor(place).astype(int)
-    copy = coo_array((np.append(1 - (place - low), place - low), (np.tile(rows, 2), np.append(low, np.minimum(low + 1, rows)))), shape=(n, n))
-    return spsolve_triangular((eye_array(n) + ratio * copy).tocsr(), intensity, lower=True)
+    after, part = np.minimum(low + 1, rows), place - low
+    alone = term = intensity
+    while np.abs(term).max() > 1e-9 * np.abs(intensity).max():  # alone + ratio × its copy = intensity, as a geometric series
+        term = -ratio * ((1 - part) * term[low] + part * term[after])
+        alone = alone + term
+    return alone
 
 # %% ../nbs/02_patterns.ipynb #c01567f3
 def shows_kalpha2(
@@ -607,11 +609,12 @@ def shows_kalpha2(
     shift: float,  # Kα2's wavelength / Kα1's - 1
 ) -> bool:
     "Whether strong peaks have a second half as high where Kα2 would be, or lie where it cannot be told apart."
-    from scipy.ndimage import gaussian_filter1d as smooth
+    from scipy.ndimage import gaussian_filter1d, minimum_filter1d
     from scipy.signal import find_peaks as maxima
     from scipy.signal import peak_widths
     step = two_theta[1] - two_theta[0]
-    net = smooth(intensity - background(intensity, step), max(1.0, 0.02 / step))
+    net = gaussian_filter1d(intensity, max(1.0, 0.02 / step))
+    net -= minimum_filter1d(net, max(3, round(3 / step)))  # enough of a background for strong peaks
     at, _ = maxima(net, height=0.05 * net.max(), distance=max(1, round(0.4 / step)))
     there = np.degrees(2 * np.arcsin((np.sin(np.radians(two_theta[at] / 2)) * (1 + shift)).clip(max=1)))
     apart = (there - two_theta[at] > 1.2 * step * peak_widths(net, at)[0]) & (there < two_theta[-1])

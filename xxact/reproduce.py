@@ -840,7 +840,8 @@ def verdicts(
     root: Path,
 ) -> str:  # Markdown
     "What the experiments of a profile have shown, a sentence each."
-    return "\n".join(f"- {p.read_text(encoding='utf-8').strip()}" for p in sorted((root / "figures" / profile).glob("[0-9]*.md")))
+    files = sorted((root / "figures" / profile).glob("[0-9]*.md"))
+    return "\n".join(f"- {p.read_text(encoding='utf-8').strip()} [{p.stem}](nbs/experiments/{p.stem}.ipynb)" for p in files)
 
 
 def changes_table(
@@ -900,7 +901,7 @@ def predictor_table(
     "What the shipped predictor is worth on drawn patterns of test materials, from its card."
     test = json.loads((root / "xxact/weights/card.json").read_text(encoding="utf-8"))["test"]
     shown = {key: label for key, label in SHOWN.items() if key in test["formula"]}
-    percent = lambda values: "to".join(f" {100 * v:.1f} " for v in sorted({min(values), max(values)})).strip() + " %"
+    percent = lambda values: f"{100 * min(values):.1f} to {100 * max(values):.1f} %"
     lines = [["known", *shown.values(), "90 % intervals cover", "calibration error of the symmetry"]]
     for case, score in test.items():
         both = [[score[k] for k in (key, f"{key}/known") if k in score] for key in shown]

@@ -727,7 +727,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _meet("nccl" if device.type == "cuda" else "gloo", timedelta(minutes=a.timeout))
         _train_from_file(a, device)
         return 0
-    except (ValueError, RuntimeError, OSError) as e:
+    except (ValueError, RuntimeError, OSError, MemoryError) as e:
         rank = processes()[0]
         print(f"xxact.trainer:{f' process {rank}:' if rank else ''} {' '.join(str(e).split())}", file=sys.stderr)
         return 2 if isinstance(e, ValueError) else 1
