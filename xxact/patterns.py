@@ -647,7 +647,7 @@ def find_peaks(
     at, _ = maxima(s, height=np.maximum(detection * noise, 2e-3 * s.max()))
     prominence = peak_prominences(s, at)
     at = at[(prominence[0] > detection * noise[at]) & (peak_widths(s, at, prominence_data=prominence)[0] < 3 * width)]
-    if not len(at) or (s[at] / noise[at]).max() < 2 * detection: raise ValueError("no peak stands out of the noise")
+    if not len(at) or (s[at] < 2 * detection * noise[at]).all(): raise ValueError("no peak stands out of the noise")
     before, here, after = s[at - 1], s[at], s[at + 1]
     vertex = ((before - after) / (2 * (before - 2 * here + after))).clip(-0.5, 0.5)
     valleys = np.array([0, *[a + s[a:b].argmin() for a, b in zip(at, at[1:])], len(s) - 1])
