@@ -1,11 +1,11 @@
 "A run that is killed, ended, damaged or shared between processes ends like one that was not."
 import contextlib
 import json
-import shutil
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -151,6 +151,25 @@ def test_a_flipped_byte_in_a_checkpoint_is_found(data_file, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole, again))
 
 
+def test_a_log_of_something_else_is_left_alone(data_file, tmp_path):
+    data = MaterialSet.load(data_file)
+    trained("finetune", data, tmp_path, checkpoint_every=0)
+    (tmp_path / "log.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match="is no log of a training"): trained("finetune", data, tmp_path)
+    assert (tmp_path / "log.jsonl").read_text() == "[1]\n"
+
+
+@pytest.mark.parametrize("wrong", [dict(warmup=5), dict(ema=2), dict(grad_clip=-1)])
+def test_a_schedule_that_cannot_be_is_refused(wrong, data_file, tmp_path):
+    with pytest.raises(ValueError, match="must be from 0 to 1"): trained("finetune", MaterialSet.load(data_file), tmp_path / "x", **wrong)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_in_place_of_the_folder(data_file, tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(ValueError, match="is a file"): trained("finetune", MaterialSet.load(data_file), tmp_path / "x")
+
+
 def test_other_data_or_other_first_weights_are_another_run(data_file, tmp_path):
     data = MaterialSet.load(data_file)
     trained("finetune", data, tmp_path)
@@ -231,6 +250,17 @@ def test_two_processes_train_as_one(task, data_file, tmp_path):
             if k != "seconds": assert one[k] == pytest.approx(two[k], abs=1e-5, rel=1e-5), (k, one["step"])
 
 
+def test_a_sigterm_saves_under_torchrun(data_file, tmp_path):
+    cut = tmp_path / "cut"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "xxact.trainer",
+               *arguments("finetune", data_file, cut, epochs=100, checkpoint_every=1e9)]
+    agent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | dict(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1"))
+    while agent.poll() is None and steps(cut) < 6: time.sleep(0.01)
+    agent.send_signal(signal.SIGTERM)
+    assert "SIGTERM, saved at step" in agent.communicate(timeout=300)[1]
+    assert torch.load(cut / "state.pt", weights_only=True)["step"] >= 6
+
+
 @pytest.mark.parametrize("machines", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_process_is_started_again(machines, data_file, tmp_path):
     launch(2, *arguments("finetune", data_file, tmp_path / "whole"))
@@ -261,6 +291,9 @@ def test_a_killed_process_is_started_again(machines, data_file, tmp_path):
     (dict(patience=-1), "must not be negative"),
     (dict(tokeniser="wavelets"), "choose from peaks, patches"),
     (dict(targets="nonsense"), "no target 'nonsense'"),
+    (dict(targets="volume_per_atom,volume_per_atom"), "each can be given once"),
+    (dict(seed=2**64), "must be from 0"),
+    (dict(checkpoint_every=math.nan), "not negative"),
     (dict(augment="foggy"), "choose from ideal"),
 ])
 def test_settings_that_cannot_work_are_one_line(changes, message, data_file, tmp_path):
@@ -486,8 +519,9 @@ def test_the_same_bits_again(device, data_file, tmp_path):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_short_of_memory_says_what_to_lower(data_file, tmp_path, monkeypatch):
-    def full(*_): raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("of a GPU"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+def test_short_of_memory_says_what_to_lower(error, data_file, tmp_path, monkeypatch):
+    def full(*_): raise error
 
     monkeypatch.setattr(XxaCT, "forward", full)
     for size, advice in ((16, "batch_size=8"), (1, "a smaller size")):

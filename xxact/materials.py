@@ -315,9 +315,10 @@ class MaterialSet:
         return torch.nonzero(self.split == SPLITS.index(split)).squeeze(1)
 
     def with_targets(self, names: Sequence[str]) -> "MaterialSet":
-        "The same set with some of its targets. Raises `ValueError` for one that it does not have."
+        "The same set with some of its targets. Raises `ValueError` for one that it does not have, or that comes twice."
         if missing := [t for t in names if t not in self.target_names]:
             raise ValueError(f"the set has no target {missing[0]!r}; it has {', '.join(self.target_names) or 'none'}")
+        if len(set(names)) < len(names): raise ValueError(f"targets {', '.join(names)}: each can be given once")
         return replace(self, targets=self.targets[:, [self.target_names.index(t) for t in names]], target_names=tuple(names))
 
     def with_reflections(

@@ -23,7 +23,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -305,7 +305,8 @@ def compile_objective(
 def _memory(batch_size: int, world: int) -> Iterator[None]:
     "Say what to lower where memory is short."
     try: yield
-    except torch.OutOfMemoryError as e:
+    except (RuntimeError, MemoryError) as e:
+        if not (isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(e)): raise  # the last is what torch says of a CPU's
         advice = f"batch_size={batch_size // 2 // world * world}" if batch_size >= 2 * world else "a smaller size"
         raise RuntimeError(f"out of memory with batch_size={batch_size}; try {advice} in another folder") from e
 
@@ -365,20 +366,23 @@ class Log:
         "Append one line."
         try:
             with open(self.path, "a") as f: f.write(json.dumps(dict(step=step, **row)) + "\n")
+            for k, v in row.items() if self.board else (): self.board.add_scalar(k, v, step)
         except OSError as e: raise OSError(f"{self.path} could not be written ({e}); make room and run the same again") from e
-        for k, v in row.items() if self.board else (): self.board.add_scalar(k, v, step)
 
     def close(self) -> None:
-        "End the thread that writes the events."
-        if self.board: self.board.close()
+        "End the thread that writes the events; what it could not write is in the log."
+        with suppress(OSError):
+            if self.board: self.board.close()
 
 
 def read_log(path: str | Path) -> list[dict]:
-    "Lines of a log; a half-written last line is left out."
+    "Lines of a log; a half-written last line is left out. Raises `ValueError` for a line of something else."
     rows = []
     for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
         try: rows.append(json.loads(line))
         except json.JSONDecodeError: break
+        if not isinstance(rows[-1], dict) or "step" not in rows[-1]:
+            raise ValueError(f"{path} is no log of a training ({line[:40]}); use another folder")
     return rows
 
 
@@ -516,7 +520,7 @@ def train(
     deterministic: bool = False,  # the same bits on the same GPU, slower; a CPU gives them anyway
     on_device: bool | None = None,  # keep materials on the device; None: where they fit in half of its free memory
     log_every: int = 20,  # steps
-    checkpoint_every: float = 60.0,  # seconds
+    checkpoint_every: float = 60.0,  # seconds; it is written when losses have been read
     evaluate: Callable[[], dict[str, float]] | None = None,  # called with averaged weights in place, by the first process
     eval_every: int = 0,  # steps; 0: after every epoch
     held_out: Tensor | None = None,  # materials whose loss is watched; the run ends with the weights that were best on them
@@ -534,10 +538,14 @@ def train(
         raise ValueError(f"batch_size={batch_size} is larger than the training split of {len(index)} materials; lower it")
     rank, world = processes()
     if batch_size % world: raise ValueError(f"batch_size={batch_size} cannot be shared by {world} processes; give a multiple of {world}")
-    if log_every < 1: raise ValueError(f"log_every={log_every} must be at least 1")
+    if log_every < 1 or not checkpoint_every >= 0:
+        raise ValueError(f"log_every={log_every} must be at least 1, and checkpoint_every={checkpoint_every} not negative")
+    if not (0 <= warmup <= 1 and 0 <= ema < 1 and grad_clip > 0):
+        raise ValueError(f"warmup={warmup} must be from 0 to 1, ema={ema} from 0 to below 1, grad_clip={grad_clip} positive")
     if patience < 0 or (patience and held_out is None): raise ValueError(f"patience={patience} must not be negative, and needs held_out materials")
     if held_out is not None and len(held_out) < world: raise ValueError(f"{len(held_out)} materials are held out; {world} or more are needed")
     folder, where = Path(folder), pick_device(device)
+    if folder.exists() and not folder.is_dir(): raise ValueError(f"{folder} is a file; give a folder")
     precision = pick_precision(precision, where)
     folder.mkdir(parents=True, exist_ok=True)
     per_epoch = len(index) // batch_size
@@ -704,20 +712,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", default="", help="to learn in fine-tuning, comma-separated (default: all that have labels)")
     parser.add_argument("--modalities", default="both", help="both, composition or xrd (default: both)")
     for name, value, text in (("size", "small", "nano, small, base or large"), ("fusion", "cross", "cross or concat"),
-                              ("tokeniser", "peaks", "peaks or patches"), ("mxm-weight", 1.0, "in pretraining"),
+                              ("tokeniser", "peaks", "peaks, patches, conv or hybrid"), ("mxm-weight", 1.0, "in pretraining"),
                               ("contrastive-weight", 0.2, "in pretraining"), ("mask-share", 0.4, "of the windows, hidden in pretraining"),
                               ("augment", "", "samples: ideal, lab, scaled, measured; '': ideal in pretraining, else lab"), ("epochs", 8, ""),
                               ("batch-size", 64, "of all processes together"), ("lr", 0.0, "0: that of the size"),
                               ("schedule", "cosine", "cosine or constant"),
                               ("patience", 0, "epochs without a better validation loss after which to stop, with the best weights; 0: never"),
                               ("seed", 0, ""), ("device", "auto", "auto, cpu or cuda"), ("precision", "auto", "fp32, bf16; auto: bf16 on a GPU"),
-                              ("compile", "auto", "on, off; auto: on a GPU"), ("log-every", 20, "steps"), ("checkpoint-every", 60.0, "seconds"),
+                              ("compile", "auto", "on, off; auto: on a GPU"), ("log-every", 20, "steps"),
+                              ("checkpoint-every", 60.0, "seconds, at the next log line"),
                               ("timeout", 10.0, "minutes that processes wait for one another before all are started again")):
         parser.add_argument(f"--{name}", default=value, type=type(value), help=f"{text}{'; ' if text else ''}default: {value}")
     parser.add_argument("--deterministic", action="store_true", help="the same bits again on the same GPU, slower")
     a = parser.parse_args(arguments)
     before = signal.signal(signal.SIGTERM, lambda *_: os._exit(REQUEUE))  # outside `train` there is nothing to save
     try:
+        if not 0 <= a.seed < 2**63: raise ValueError(f"--seed {a.seed} must be from 0 to 2**63 - 1")
         if a.task == "pretrain" and (a.pretrained or a.targets): raise ValueError("--pretrained and --targets are of finetune; leave them out")
         world = int(os.environ.get("WORLD_SIZE", 1))
         if world > 1 and torch.cuda.is_available() and a.device in ("auto", "cuda"):
