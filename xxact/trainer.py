@@ -670,11 +670,8 @@ class averaged:
 
     def __exit__(self, *error: object) -> None: self._swap(); self.objective.train()
 
-    @torch.no_grad()
     def _swap(self) -> None:
-        for k, p in self.objective.named_parameters():
-            current = p.clone()
-            p.copy_(self.average[k]); self.average[k].copy_(current)
+        for k, p in self.objective.named_parameters(): p.data, self.average[k] = self.average[k], p.data
 
 # %% ../nbs/09_trainer.ipynb #a4443cce
 class Predictions(NamedTuple):
