@@ -175,18 +175,17 @@ def bench_train(
     size: str = "base",
     device: str = "auto",
     batch_size: int = 0,  # 0: 4096 on a GPU, 64 on a CPU
-    steps: int = 0,  # in a round, of the trainer and of the reference; 0: 50 on a GPU, 8 on a CPU
-    rounds: int = 5,  # after a first one that does not count; medians are taken
+    steps: int = 0,  # in a round, of the trainer and of the reference; 0: 50 on a GPU, 2 on a CPU
+    rounds: int = 0,  # after a first one that does not count; medians are taken; 0: 5 on a GPU, 20 on a CPU, whose speed varies more
     precision: str = "auto",
     compile: str = "auto",
 ) -> dict[str, object]:
     "Materials a second in training, as a ratio to the bare network. Raises `ValueError` for settings that cannot work."
     choose("task", task, ("pretrain", "finetune"))
-    if min(batch_size, steps, rounds - 1) < 0:
-        raise ValueError(f"batch_size={batch_size} and steps={steps} must not be negative, rounds={rounds} at least 1")
+    if min(batch_size, steps, rounds) < 0: raise ValueError(f"batch_size={batch_size}, steps={steps} and rounds={rounds} must not be negative")
     where, index = pick_device(device), data.indices("train")
     gpu, precision = where.type == "cuda", pick_precision(precision, where)
-    batch_size, steps = batch_size or (4096 if gpu else 64), steps or (50 if gpu else 8)
+    batch_size, steps, rounds = batch_size or (4096 if gpu else 64), steps or (50 if gpu else 2), rounds or (5 if gpu else 20)
     index = index.repeat(-(-batch_size * steps * (rounds + 1) // len(index)))[: batch_size * steps * (rounds + 1)]
     wait = torch.cuda.synchronize if gpu else lambda: None
 
@@ -288,7 +287,7 @@ def bench_sweeps(
     unlabelled: int = 0,  # training materials to pretrain on; 0: as many
     device: str = "auto",
     steps: int = 0,  # as in `bench_train`, like `rounds`
-    rounds: int = 5,
+    rounds: int = 0,
 ) -> dict[str, object]:
     "Hours that the sweeps of a profile will take on this device, at the speed it has here."
     labelled = labelled or len(data.indices("train"))

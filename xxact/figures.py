@@ -20,7 +20,7 @@ from .materials import CRYSTAL_SYSTEMS, TARGETS
 
 if TYPE_CHECKING:
     import polars as pl
-    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
     from xxact.patterns import Pattern
@@ -56,6 +56,20 @@ def save_figure(
     fig.savefig(path.with_suffix(".png"))
     data.write_csv(path.with_suffix(".csv"), float_precision=6)
     return path.with_suffix(".png")
+
+
+def _plain_numbers(axis: "Axis") -> None:
+    "Label a logarithmic axis with small plain numbers."
+    import matplotlib.ticker as ticker
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7))); axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter("{x:.3g}")
+    axis.set_tick_params(labelsize=6)
+
+
+def _spread(values: "pl.Series") -> bool:
+    "Whether values are better seen on a logarithmic axis."
+    low, high = values.min(), values.max()
+    return low is not None and 0 < 4 * low < high
 
 # %% ../nbs/13_figures.ipynb #27530dff
 def plot_distributions(
@@ -104,7 +118,7 @@ def plot_patterns(
 # %% ../nbs/13_figures.ipynb #237a998b
 def plot_losses(
     logs: dict[str, list[dict]],  # name -> lines of the log
-    quantities: list[str],  # one panel each
+    quantities: dict[str, str],  # column of the log -> label; one panel each
     smooth: int = 5,  # lines averaged
 ) -> tuple["Figure", "pl.DataFrame"]:
     "Training losses against steps."
@@ -115,12 +129,12 @@ def plot_losses(
     rows = [dict(run=name, step=row["step"], quantity=q, value=float(row[q]))
             for name, log in logs.items() for row in log for q in quantities if q in row]
     df = pl.DataFrame(rows, schema=dict(run=pl.String, step=pl.Int64, quantity=pl.String, value=pl.Float64))
-    for ax, q in zip(axes[0], quantities):
+    for ax, (q, label) in zip(axes[0], quantities.items()):
         for (name,), part in df.filter(pl.col("quantity") == q).group_by("run", maintain_order=True):
             few = "o" if len(part) < 20 else None
             ax.plot(part["step"], part["value"].rolling_mean(smooth, min_samples=1), label=name, marker=few, ms=2.5)
-        ax.set(xlabel="step")
-        ax.set_title(q.replace("val_", "validation: ").replace("_per_atom", "").replace("/", ", ").replace("_", " "), fontsize=7)
+        ax.set(xlabel="step"); ax.set_title(label, fontsize=7)
+        if _spread(df.filter(pl.col("quantity") == q)["value"]): ax.set_yscale("log"); _plain_numbers(ax.yaxis)
     if len(logs) > 1: axes[0, -1].legend(fontsize=6)
     return fig, df
 
@@ -196,6 +210,7 @@ def plot_comparison(
                 ax.annotate(f"{values.mean():.3g}", (values.mean(), y), (0, 4), textcoords="offset points", ha="center", fontsize=6)
         ax.set(xlabel=label, yticks=range(len(models)), yticklabels=models, ylim=(len(models) - 0.5, -0.7))
         ax.margins(x=0.2); ax.grid(axis="x", lw=0.3)
+        if not column.endswith("accuracy") and _spread(results[column]): ax.set_xscale("log"); _plain_numbers(ax.xaxis)
     return fig, results.select("model", "seed", *metrics)
 
 
@@ -236,20 +251,12 @@ def plot_convergence(
             for i, ((arm,), part) in enumerate(here.group_by("arm", maintain_order=True)):
                 ax.plot(part["step"], part["median"], color=f"C{i}", label=arm)
                 ax.fill_between(part["step"], part["low"], part["high"], color=f"C{i}", alpha=0.2, lw=0)
-            ax.set_yscale("log"); ax.set_ylim(here["low"].min() * 0.9, here["low"].min() * 2.5); _plain_numbers(ax)
+            ax.set_yscale("log"); ax.set_ylim(here["low"].min() * 0.9, here["low"].min() * 2.5); _plain_numbers(ax.yaxis)
             if metric == next(iter(labels)): ax.set_title(f"{share:.0%} of the labels".replace("%", " %"), fontsize=7)
         row[0].set_ylabel(label, fontsize=7)
     for ax in axes[-1]: ax.set_xlabel("fine-tuning step", fontsize=7); ax.tick_params(axis="x", labelsize=6)
     axes[0, -1].legend(fontsize=6)
     return fig, band
-
-
-def _plain_numbers(ax: "Axes") -> None:
-    "Label a logarithmic axis with small plain numbers."
-    import matplotlib.ticker as ticker
-    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5))); ax.yaxis.set_minor_locator(ticker.NullLocator())
-    ax.yaxis.set_major_formatter("{x:.3g}")
-    ax.tick_params(axis="y", which="both", labelsize=6)
 
 
 def plot_speed_ups(
@@ -297,7 +304,7 @@ def plot_scaling(
             aside = 1 + 0.03 * (arms.index(arm) - (len(arms) - 1) / 2)  # so that bars do not hide each other
             ax.errorbar(part["n"] * aside, middle, bars, fmt="o-", ms=2.5, lw=1, elinewidth=0.8, label=arm)
         if measure in floors: ax.axhline(floors[measure], color="0.5", ls="--", lw=0.8, label="composition floor")
-        ax.set(xscale="log", yscale="log", xlabel="training materials"); ax.set_title(label, fontsize=7); _plain_numbers(ax)
+        ax.set(xscale="log", yscale="log", xlabel="training materials"); ax.set_title(label, fontsize=7); _plain_numbers(ax.yaxis)
         ax.set_xticks(sizes, [f"{n:,}" for n in sizes], fontsize=5, rotation=30); ax.set_xticks([], minor=True)
     axes[0, 0].set_ylabel("error on the test split")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(arms) + 1, fontsize=6)
@@ -414,7 +421,9 @@ def plot_map(
                 some = part.filter(group=group)
                 ax.scatter(some["x"], some["y"], s=3, lw=0, color=sns.color_palette("colorblind", 10)[i % 10], label=group)
             ax.set(xticks=[], yticks=[], title=arm if by == rows[0] else "")
+        row[0].set_ylabel(f"second direction\nby {by}", fontsize=7)
         row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3, fontsize=7)
+    fig.supxlabel("first direction", fontsize=7)
     return fig, drawn
 
 # %% ../nbs/13_figures.ipynb #1c7cf1de

@@ -9,7 +9,7 @@ __all__ = ['ARMS', 'OPTIONS', 'MODELS', 'ABLATIONS', 'DEFAULT_TARGETS', 'REFEREN
            'provenance', 'keep_row', 'kept_predictions', 'find_row', 'pretrain', 'enough_epochs', 'load_pretraining',
            'pretraining_scores', 'finetune', 'write_predictions', 'dummy_scores', 'ship', 'NotebookFailed',
            'run_notebook', 'reproduce', 'read_results', 'results_table', 'accuracy_table', 'keep_verdict', 'verdicts',
-           'changes_table', 'update_readme', 'conditions', 'predictor_table', 'main']
+           'changes_table', 'update_readme', 'conditions', 'predictor_table', 'speed_table', 'main']
 
 # %% ../nbs/12_reproduce.ipynb #7101ca53
 import argparse
@@ -911,8 +911,31 @@ def predictor_table(
     return _as_markdown(lines)
 
 
+def speed_table(
+    _: str,
+    root: Path,
+) -> str:  # Markdown
+    "The newest measurement of each speed, from the files of the bench."
+    newest: dict[tuple, dict] = {}
+    for path in sorted((root / "figures/bench").glob("*.jsonl")):
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            newest[row["bench"], row.get("task"), row.get("size"), row["device"] if "device" in row else "cpu"] = row
+    lines = [["what", "a second", "speed", "hardware", "commit"]]
+    for (bench, task, size, device), row in newest.items():
+        add = lambda what, rate, speed: lines.append([what, f"{rate:,.0f}", speed, row["hardware"].replace("thread(s) on", "of"), row["commit"]])  # noqa: B023
+        if bench == "diffraction":
+            add("reflections of real structures", row["reflections_per_s"], f"{row['reflections_ratio_to_pymatgen']:.0f} times pymatgen's")
+            add(f"`lab` patterns of 4,096 points ({device})", row["render_patterns_per_s"], "")
+        elif bench == "prepare":
+            add("entries in Alexandria's format prepared", row["materials_per_s_per_core"], f"{row['ratio_to_pymatgen']:.0f} times pymatgen's")
+        elif bench == "train":
+            share = f"{row['ratio_to_bare_step']:.2f} of the bare network's; samples are drawn in {100 * row['render_share']:.1f} % of a step"
+            add(f"materials in training: {task}, size `{size}` ({device}, {row['precision']})", row["materials_per_s"], share)
+    return _as_markdown(lines)
+
+
 BLOCKS = dict(results=results_table, changes=changes_table, conditions=conditions, accuracy=accuracy_table, verdicts=verdicts,
-              predictor=predictor_table)
+              predictor=predictor_table, speed=speed_table)
 
 # %% ../nbs/12_reproduce.ipynb #7eb17d07
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -963,8 +986,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--size", default="base", help="nano, small, base or large (default: base)")
     p.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     p.add_argument("--batch-size", type=int, default=0, help="materials (default: 4096 on a GPU, 64 on a CPU)")
-    p.add_argument("--steps", type=int, default=0, help="steps in a round (default: 50 on a GPU, 8 on a CPU)")
-    p.add_argument("--rounds", type=int, default=5, help="how many rounds (default: 5)")
+    p.add_argument("--steps", type=int, default=0, help="steps in a round (default: 50 on a GPU, 2 on a CPU)")
+    p.add_argument("--rounds", type=int, default=0, help="how many rounds (default: 5 on a GPU, 20 on a CPU)")
     p.add_argument("--precision", default="auto", help="fp32, bf16 or auto (default: auto, bf16 on a GPU)")
     p.add_argument("--compile", default="auto", help="on, off or auto (default: auto, on a GPU)")
     p = bench.add_parser("sweeps", help="hours that the sweeps of a profile will take here")
@@ -973,8 +996,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--labelled", type=int, default=0, metavar="N", help="training materials with labels (default: those of the data)")
     p.add_argument("--unlabelled", type=int, default=0, metavar="N", help="training materials to pretrain on (default: as many)")
     p.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
-    p.add_argument("--steps", type=int, default=0, help="steps in a round (default: 50 on a GPU, 8 on a CPU)")
-    p.add_argument("--rounds", type=int, default=5, help="how many rounds (default: 5)")
+    p.add_argument("--steps", type=int, default=0, help="steps in a round (default: 50 on a GPU, 2 on a CPU)")
+    p.add_argument("--rounds", type=int, default=0, help="how many rounds (default: 5 on a GPU, 20 on a CPU)")
     p = commands.add_parser("ship", help="train, calibrate and index a predictor for measured patterns: the weights in the package")
     p.add_argument("dataset", metavar="SOURCE", help="anything that can be prepared")
     p.add_argument("--out", required=True, metavar="FOLDER", type=_path, help="where the weights go")
