@@ -576,7 +576,7 @@ def background(
 ) -> np.ndarray:  # (k,)
     "The background under the peaks (SNIP)."
     from pybaselines import Baseline
-    n, k = len(intensity), max(1, round(reach / step) // 30)  # so smooth a curve needs no more than thirty points within its reach
+    n, k = len(intensity), max(1, round(reach / step) // 12)  # so smooth a curve needs no more than a dozen points within its reach
     coarse = intensity[: n // k * k].reshape(-1, k).mean(1)
     window = min(max(2, round(reach / step / k)), (len(coarse) - 1) // 2)
     base = Baseline().snip(coarse, max_half_window=window, decreasing=True, smooth_half_window=max(1, round(0.05 / step / k)))[0]
@@ -595,11 +595,12 @@ def without_kalpha2(
     place = (origin - two_theta[0]) / (two_theta[1] - two_theta[0])
     place = np.where(place < 0, rows, place)  # as if what lies before the first point were like it
     low = np.floor(place).astype(int)
-    after, part = np.minimum(low + 1, rows), place - low
-    alone = term = intensity
-    while np.abs(term).max() > 1e-9 * np.abs(intensity).max():  # alone + ratio × its copy = intensity, as a geometric series
-        term = -ratio * ((1 - part) * term[low] + part * term[after])
-        alone = alone + term
+    after, part = np.minimum(low + 1, rows), ratio * (place - low)
+    before = ratio - part
+    alone, term, least = intensity.copy(), intensity, 1e-6 * np.abs(intensity).max()
+    while np.abs(term).max() > least:  # alone + ratio × its copy = intensity, as a geometric series
+        term = -(before * term[low] + part * term[after])
+        alone += term
     return alone
 
 # %% ../nbs/02_patterns.ipynb #c01567f3
@@ -609,16 +610,21 @@ def shows_kalpha2(
     shift: float,  # Kα2's wavelength / Kα1's - 1
 ) -> bool:
     "Whether strong peaks have a second half as high where Kα2 would be, or lie where it cannot be told apart."
-    from scipy.ndimage import gaussian_filter1d, minimum_filter1d
     from scipy.signal import find_peaks as maxima
     from scipy.signal import peak_widths
     step = two_theta[1] - two_theta[0]
-    net = gaussian_filter1d(intensity, max(1.0, 0.02 / step))
-    net -= minimum_filter1d(net, max(3, round(3 / step)))  # enough of a background for strong peaks
+    net = _above(intensity, step)
     at, _ = maxima(net, height=0.05 * net.max(), distance=max(1, round(0.4 / step)))
     there = np.degrees(2 * np.arcsin((np.sin(np.radians(two_theta[at] / 2)) * (1 + shift)).clip(max=1)))
     apart = (there - two_theta[at] > 1.2 * step * peak_widths(net, at)[0]) & (there < two_theta[-1])
     return not apart.any() or bool(np.median(np.interp(there[apart], two_theta, net) / net[at][apart]) > 0.25)
+
+
+def _above(intensity: np.ndarray, step: float) -> np.ndarray:
+    "A smoothed pattern above what is wider than 3°: enough of a background for strong peaks, and quick."
+    from scipy.ndimage import gaussian_filter1d, grey_opening
+    smoothed = gaussian_filter1d(intensity, max(1.0, 0.02 / step))
+    return smoothed - grey_opening(smoothed, max(3, round(3 / step)))
 
 
 def find_peaks(
@@ -635,7 +641,7 @@ def find_peaks(
     x, y, step = even_grid(p)
     if strip_kalpha2 is not False and (shift := tube_lines(p, strip_kalpha2)[1]):
         if strip_kalpha2 or "kalpha2" in p.metadata or shows_kalpha2(x, y, shift): y = without_kalpha2(x, y, shift)
-    rough = smooth(y - background(y, step), max(1.0, 0.02 / step))
+    rough = _above(y, step)
     strong, _ = maxima(rough, height=0.2 * rough.max(), distance=max(1, round(0.3 / step)))
     if not len(strong) or rough.max() < 1e-6 * np.abs(y).max(): raise ValueError("no peak stands out of the pattern")
     width = float(np.median(peak_widths(rough, strong)[0]))  # steps

@@ -6,8 +6,8 @@
 __all__ = ['PatternLike', 'CASES', 'SYSTEM_OF_GROUP', 'COVERAGE', 'WITHIN', 'AXES', 'KEPT_PEAKS', 'RERANKED', 'MOVED',
            'NEIGHBOURS', 'SHORTLIST', 'SHIPPED', 'AS_MEASURED', 'Input', 'as_inputs', 'batch_inputs', 'Raw', 'ask',
            'of_systems', 'probabilities', 'fit_case', 'mix', 'fit_mix', 'spread_of', 'Hits', 'Index', 'make_index',
-           'strongest_peaks', 'peak_match', 'Predictor', 'as_measured', 'measured_set', 'formula_of', 'make_predictor',
-           'read_references', 'score_references', 'score_predictor']
+           'strongest_peaks', 'peak_match', 'Predictor', 'as_measured', 'random_lines', 'measured_set', 'formula_of',
+           'make_predictor', 'read_references', 'score_references', 'score_predictor']
 
 # %% ../nbs/11_predict.ipynb #ef633564
 import json
@@ -26,7 +26,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .composition import SYMBOLS, composition_key, parse_formula
-from .diffraction import LN_Q, MEASUREMENTS, Measurement, Peaks, Reflections, batch_reflections, draw, peaks, render
+from xxact.diffraction import (
+    CU_KA,
+    LN_Q,
+    MEASUREMENTS,
+    Measurement,
+    Peaks,
+    Reflections,
+    batch_reflections,
+    draw,
+    lorentz_polarisation,
+    peaks,
+    render,
+)
 from .evaluate import calibration_error
 from .fusion import LOG_TARGETS, SIZES, XxaCT, load_model, save_model
 from .materials import CRYSTAL_SYSTEMS, Batch, MaterialSet, crystal_system
@@ -176,6 +188,7 @@ def fit_case(
     truth: Tensor,  # (n, t) standardised, NaN where unknown
     space_group: Tensor,  # (n,), 0 where unknown
     trained: Tensor,  # (m, w) embeddings of training materials
+    chance: Tensor | None = None,  # (k, w) embeddings of `random_lines`
 ) -> dict[str, Tensor]:
     "Calibrate one case on held-out materials. Raises `ValueError` for too few."
     if len(truth) < 40: raise ValueError(f"{len(truth)} held-out materials are too few to calibrate on; at least 40 are needed")
@@ -202,6 +215,12 @@ def fit_case(
     farthest = _quantile(torch.cdist(x @ axes, places).amin(1), 0.99)
     found = dict(mean=mean, spread=spread, temperature=temperature, axes=axes, places=places, farthest=farthest,
                  head=torch.stack(heads, 1) if heads else torch.zeros(x.shape[1] + 1, 0), scale=torch.tensor(scales))
+    if chance is not None:
+        from sklearn.linear_model import LogisticRegression
+        both, crystal = torch.cat([known, (chance.double() - mean) / spread]), torch.arange(len(known) + len(chance)) < len(known)
+        told = LogisticRegression(C=0.03, max_iter=1000).fit(both.numpy(), crystal.numpy())
+        found["crystal"] = torch.from_numpy(np.append(told.coef_[0], told.intercept_))
+        found["crystal"][-1] += _quantile(-_linear(x, found["crystal"]), 0.99)  # so that one in a hundred materials is taken for chance
     return {k: v.float().contiguous() for k, v in found.items()}
 
 
@@ -257,6 +276,7 @@ def spread_of(
     "Uncertainty of the targets, and how far inputs lie from the training data."
     x = (raw.embedding - case["mean"]) / case["spread"]
     far = torch.cdist(x @ case["axes"], case["places"]).amin(1) / case["farthest"]
+    if "crystal" in case: far = torch.where(_linear(x, case["crystal"]) < 0, math.inf, far)
     return _linear(x, case["head"]).clamp(max=5).exp() * case["scale"], far
 
 # %% ../nbs/11_predict.ipynb #8368030d
@@ -408,7 +428,10 @@ def peak_match(
     low, high = query.limits[0].tolist()
     n, shifts = math.ceil((high - low) / _STEP), round(MOVED / _STEP)
     if not len(ln_q): return torch.empty(0)
-    mine, others = (_drawn(*lines, low, _STEP, n, _FWHM) for lines in ((query.ln_q, query.intensity), (ln_q, intensity)))
+    k = max(query.ln_q.shape[1], ln_q.shape[1])
+    pairs = (query.ln_q, ln_q), (query.intensity, intensity)
+    lines = (torch.cat([torch.nn.functional.pad(t, (0, k - t.shape[1])) for t in pair]) for pair in pairs)
+    mine, others = _drawn(*lines, low, _STEP, n, _FWHM).tensor_split([1])
     mine = mine[0]
     padded = torch.nn.functional.pad(mine, (shifts, shifts)).unfold(0, n, 1)  # (2 shifts + 1, n)
     norm = lambda t: t.norm(dim=-1).clamp(min=1e-9)
@@ -455,7 +478,8 @@ class Predictor:
             raise ValueError(f"{folder} holds no complete predictor: calibration.safetensors belongs to another model than model.safetensors")
         needed, known = {"mean", "spread", "temperature", "axes", "places", "farthest", "head", "scale"}, {"mix", "least_match"}
         wanted = {"both": set(CASES), "composition": {"formula"}, "xrd": {"pattern"}}[model.config["modalities"]]
-        if set(cases) != wanted or any(not needed <= set(c) or known & set(c) not in (set(), known) for c in cases.values()):
+        parts = {name: needed | ({"crystal"} if CASES[name][1] else set()) for name in wanted}
+        if set(cases) != wanted or any(not parts[k] <= set(c) or known & set(c) not in (set(), known) for k, c in cases.items()):
             raise ValueError(f"{folder} holds no complete predictor: a part of calibration.safetensors is missing")
         if not all(t.isfinite().all() for t in flat.values() if t.is_floating_point()):
             raise ValueError(f"{folder} holds no complete predictor: calibration.safetensors has numbers that are not finite")
@@ -613,6 +637,19 @@ def _measure(reflections: list[np.ndarray], measurement: str | Measurement, seed
     return found
 
 
+def random_lines(
+    pattern: Measured,
+    rng: np.random.Generator,
+) -> Measured:
+    "As many lines as a pattern has, anywhere in its range and of any height: what no crystal shows."
+    n, ends = len(pattern.d_spacing), np.exp(pattern.limits) * CU_KA / (4 * np.pi)
+    d = CU_KA / (2 * np.sin(np.sort(rng.uniform(*np.arcsin(ends), n))))
+    heights = rng.uniform(0.02, 1, n), rng.exponential(1, n), rng.permutation(pattern.intensity)
+    y = heights[rng.integers(3)]
+    if y is not heights[2]: y = y / lorentz_polarisation(torch.from_numpy(d), CU_KA).numpy()
+    return Measured(d, y / y.max(), pattern.limits)
+
+
 def measured_set(
     data: MaterialSet,
     copies: int = 4,  # patterns of each training material, each by another instrument
@@ -646,6 +683,7 @@ def make_predictor(
 ) -> Predictor:
     "A predictor from a trained model, calibrated on the validation split. Raises `ValueError` where that is too small."
     cases: dict[str, dict[str, Tensor]] = {}
+    rng = np.random.default_rng(seed)
     val, train = data.indices("val"), data.indices("train")
     some = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:materials]]
     chosen = torch.cat([val, some])
@@ -659,9 +697,10 @@ def make_predictor(
     for case, (composition, xrd) in CASES.items():
         if model.config["modalities"] != "both" and case != dict(composition="formula", xrd="pattern")[model.config["modalities"]]: continue
         inputs = [Input(f if composition else None, p if xrd else None) for f, p in zip(formulas, patterns, strict=True)]
-        raw = ask(model, inputs)
+        raw, chance = ask(model, inputs), None
         held = Raw(*(x[:held_out] for x in raw))
-        cases[case] = fit_case(held, truth, group, raw.embedding[held_out:])
+        if xrd: chance = ask(model, [i._replace(pattern=random_lines(i.pattern, rng)) for i in inputs[held_out:]]).embedding
+        cases[case] = fit_case(held, truth, group, raw.embedding[held_out:], chance)
         if index and xrd:  # once as if a material were known, and once as if it were not
             network = probabilities(held, cases[case]["temperature"])[1]
             hits = [index.compare(patterns[:held_out], o, out) for o, out in ((own if composition else None, False), (own, True))]
@@ -726,6 +765,9 @@ def score_predictor(
         inputs = [Input(f if composition else None, q if xrd else None) for f, q in zip(formulas, patterns, strict=True)]
         table = p.table(inputs, formulas)
         result = dict(n=len(index), in_domain=float(table["in_domain"].mean()))
+        if xrd:
+            at_random = [i._replace(pattern=random_lines(i.pattern, np.random.default_rng([seed, k]))) for k, i in enumerate(inputs)]
+            result["in_domain/random"] = float(p.table(at_random)["in_domain"].mean())
         for t, name in enumerate(p.model.config["targets"]):
             y, known, value, std = truth[:, t], np.isfinite(truth[:, t]), table[name].to_numpy(), table[f"{name}_std"].to_numpy()
             log = name in LOG_TARGETS

@@ -902,12 +902,13 @@ def predictor_table(
     test = json.loads((root / "xxact/weights/card.json").read_text(encoding="utf-8"))["test"]
     shown = {key: label for key, label in SHOWN.items() if key in test["formula"]}
     percent = lambda values: f"{100 * min(values):.1f} to {100 * max(values):.1f} %"
-    lines = [["known", *shown.values(), "90 % intervals cover", "calibration error of the symmetry"]]
+    lines = [["known", *shown.values(), "90 % intervals cover", "calibration error of the symmetry", "in domain: materials / random lines"]]
     for case, score in test.items():
         both = [[score[k] for k in (key, f"{key}/known") if k in score] for key in shown]
         cells = [" / ".join(f"{100 * v:.1f} %" for v in values) if key.endswith("accuracy") else f"{values[0]:.3f}"
                  for key, values in zip(shown, both, strict=True)]
-        lines.append([case, *cells, *(percent([v for k, v in score.items() if word in k]) for word in ("/coverage", "/calibration_error"))])
+        ranges = [percent([v for k, v in score.items() if word in k]) for word in ("/coverage", "/calibration_error")]
+        lines.append([case, *cells, *ranges, " / ".join(f"{100 * score[k]:.1f} %" for k in ("in_domain", "in_domain/random") if k in score)])
     return _as_markdown(lines)
 
 
