@@ -1,6 +1,8 @@
 "Predictor: what comes in, calibration that holds on other materials, retrieval, and one line for what cannot be read."
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -12,7 +14,7 @@ from xxact.composition import SYMBOLS, composition_key, parse_formula, split_of
 from xxact.diffraction import LN_Q
 from xxact.fusion import XxaCT, save_model
 from xxact.materials import CRYSTAL_SYSTEMS, MaterialSet
-from xxact.patterns import Measured, Pattern, as_pattern
+from xxact.patterns import Measured, Pattern, as_pattern, to_reflections
 from xxact.predict import (
     CASES,
     SYSTEM_OF_GROUP,
@@ -31,6 +33,7 @@ from xxact.predict import (
     mix,
     of_systems,
     probabilities,
+    read_references,
     spread_of,
 )
 from xxact.reproduce import load_table, main, ship
@@ -223,6 +226,18 @@ def test_combs_are_not_like_the_training_data(predictor):
     assert predictor.table([Input(None, c) for c in combs])["in_domain"].mean() < 0.1
 
 
+def test_random_lists_are_out_of_the_domain_and_measured_minerals_are_not():
+    rng, shipped = np.random.default_rng(0), Predictor.load()
+    angles = [np.sort(rng.uniform(10, 88, n)) for n in rng.integers(6, 81, 60)]
+    lists = [Measured(0.7703 / np.sin(np.radians(x / 2)), rng.uniform(0.02, 1, len(x)), LN_Q) for x in angles]  # not made as those it learned from
+    assert shipped.table([Input(None, one) for one in lists])["in_domain"].mean() < 0.2
+    if not os.environ.get("XXACT_REAL_DATA"): pytest.skip("set XXACT_REAL_DATA to the folder of real data for the other half")
+    labels, scans = read_references(Path(os.environ["XXACT_REAL_DATA"]) / "xrd")
+    some = [to_reflections(s) for s in scans[::5]]
+    assert shipped.table([Input(None, one) for one in some])["in_domain"].mean() > 0.9
+    assert shipped.table([*map(Input, labels["formula"][::5], some)])["in_domain"].mean() > 0.8
+
+
 def test_search_says_what_it_lacks(predictor, tmp_path):
     with pytest.raises(ValueError, match="none of the 5\\d\\d known materials has just these elements"):
         predictor.search((X, Y), elements=["Xe"], wavelength="CuKa")
@@ -234,6 +249,8 @@ def test_search_says_what_it_lacks(predictor, tmp_path):
         predictor.search((X, Y), top=0, wavelength="CuKa")
     with pytest.raises(ValueError, match="there is no element 'Q'"):
         predictor.search((X, Y), elements=["Q"], wavelength="CuKa")
+    with pytest.raises(ValueError, match="formula=NaCl does not consist of just K, Cl"):
+        predictor.search((X, Y), formula="NaCl", elements=["K", "Cl"], wavelength="CuKa")
     bare = Predictor(predictor.model, predictor.cases, predictor.elements)
     with pytest.raises(ValueError, match="has no index of materials"):
         bare.search((X, Y), wavelength="CuKa")

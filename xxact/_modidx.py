@@ -296,6 +296,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'xxact.patterns._doublet': ('patterns.html#_doublet', 'xxact/patterns.py'),
                                 'xxact.patterns._encoding': ('patterns.html#_encoding', 'xxact/patterns.py'),
                                 'xxact.patterns._fields': ('patterns.html#_fields', 'xxact/patterns.py'),
+                                'xxact.patterns._floats': ('patterns.html#_floats', 'xxact/patterns.py'),
                                 'xxact.patterns._header_wavelength': ('patterns.html#_header_wavelength', 'xxact/patterns.py'),
                                 'xxact.patterns._in_order': ('patterns.html#_in_order', 'xxact/patterns.py'),
                                 'xxact.patterns._limited': ('patterns.html#_limited', 'xxact/patterns.py'),

@@ -112,7 +112,7 @@ def as_pattern(
         y = np.bincount(place, y) / counts
     if len(x) < max(10, 0.6 * n): raise ValueError(f"only {len(x)} different angles above 0° in {n} points; are the columns separated as they seem?")
     steps = np.diff(x)
-    if (widest := steps.argmax()) >= 0 and steps[widest] > max(0.5, 20 * np.median(steps)):
+    if steps[widest := steps.argmax()] > max(0.5, 20 * steps.mean()):
         warnings.warn(f"there are no points between 2θ of {x[widest]:g} and {x[widest + 1]:g}°: peaks there are not seen", stacklevel=2)
     return Pattern(x, y, wavelength, dict(metadata or {}))
 
@@ -274,6 +274,11 @@ def _numbers(lines: list[str], separator: str | None = None) -> np.ndarray:
     return np.loadtxt([s for s in lines if s.strip()], delimiter=separator, ndmin=2)
 
 
+def _floats(text: str) -> np.ndarray:
+    "Numbers between blanks or commas, read one by one: a list of all would take ten times the memory of the text."
+    return np.array(array("d", (float(m[0]) for m in re.finditer(r"[^\s,]+", text))))
+
+
 def _read_ras(text: str) -> Scan:
     said = dict(re.findall(r'^\*(\S+)\s+"([^"\n]*)"', text, re.MULTILINE))
     _check_axis(said.get("MEAS_SCAN_AXIS_X"))
@@ -288,7 +293,7 @@ def _read_rigaku_asc(text: str) -> Scan:
     head, *groups = re.split(r"^\*BEGIN.*$", text, flags=re.MULTILINE)
     said = {k: v.strip() for k, v in re.findall(r"^\*(\w+)\s*=(.*)$", head + groups[0], re.MULTILINE)}
     _check_axis(said.get("SCAN_AXIS"))
-    y = np.array([float(v) for s in groups[0].splitlines() if not s.startswith("*") for v in re.split(r"[,\s]+", s) if v])
+    y = _floats(re.sub(r"^\*.*$", "", groups[0], flags=re.MULTILINE))
     start, step, n = float(said["START"]), float(said["STEP"]), int(said.get("COUNT", len(y)))
     if n != len(y): raise ValueError(f"{len(y)} intensities, but the header promises {n}; the file is cut off")
     return _scan(start + step * np.arange(n), y, "Rigaku ASC", _doublet(said.get("WAVE_LENGTH1"), said.get("WAVE_LENGTH2")), len(groups),
@@ -300,8 +305,8 @@ def _read_uxd(text: str) -> Scan:
     if len(parts) < 3: raise ValueError("no data (_2THETACOUNTS or _COUNTS) in the file")
     said = {k: v.strip().strip("'") for k, v in re.findall(r"^_(\w+)\s*=(.*)$", parts[0], re.MULTILINE)}
     _check_axis(said.get("DRIVE"))
-    rows = [s for s in parts[2].splitlines() if s.strip() and s.lstrip()[0] not in ";_"]
-    x, y = _numbers(rows).T[:2] if parts[1].startswith("2THETA") else (None, np.array([float(v) for s in rows for v in s.split()]))
+    rows = re.sub(r"^\s*[;_].*$", "", parts[2], flags=re.MULTILINE)
+    x, y = _numbers(rows.splitlines()).T[:2] if parts[1].startswith("2THETA") else (None, _floats(rows))
     if (n := said.get("STEPCOUNT", "")).isdigit() and len(y) < int(n):
         raise ValueError(f"{len(y)} points, but the header promises {n}; the file is cut off")
     if x is None or {"START", "STEPSIZE"} <= said.keys():  # the column is rounded to two or three digits
@@ -381,15 +386,14 @@ def _read_xrdml(text: str) -> Scan:
     if not scans: raise ValueError("no scan over 2Theta in the file")
     scan = scans[0]
     data = next((e for tag in ("counts", "intensities") for e in _all(scan, tag)), None)
-    if data is None or not (data.text or "").split(): raise ValueError("the scan has no intensities")
-    y = np.array(data.text.split(), float)
-    times = (_text_of(scan, "countingTimes") or "").split()
-    if times: y = y * (np.mean(t := np.array(times, float)) / t)
+    if data is None or not (data.text or "").strip(): raise ValueError("the scan has no intensities")
+    y = _floats(data.text)
+    if (times := _text_of(scan, "countingTimes") or "").strip(): y = y * (np.mean(t := _floats(times)) / t)
     if (status := scan.get("status", "Completed")) != "Completed":
         warnings.warn(f"the scan was not completed ({status}); its angles may not be right", stacklevel=3)
-    if factors := (_text_of(scan, "beamAttenuationFactors") or "").split(): y = y * np.array(factors, float)
+    if (factors := _text_of(scan, "beamAttenuationFactors") or "").strip(): y = y * _floats(factors)
     position = next(p for p in _all(scan, "positions") if p.get("axis") == "2Theta")
-    if listed := _text_of(position, "listPositions"): x = np.array(listed.split(), float)
+    if listed := _text_of(position, "listPositions"): x = _floats(listed)
     else: x = np.linspace(float(_text_of(position, "startPosition")), float(_text_of(position, "endPosition")), len(y))
     return _scan(x, y, "PANalytical XRDML", _doublet(_text_of(root, "kAlpha1"), _text_of(root, "kAlpha2")), len(scans),
                  anode=_text_of(root, "anodeMaterial"), sample=_text_of(root, "name"))
@@ -538,7 +542,7 @@ def read_pattern(
     except FileNotFoundError: raise ValueError(f"{path}: no such file") from None
     except _BROKEN as e:
         reason = " ".join(str(e).split()) or type(e).__name__
-        if isinstance(e, zipfile.BadZipFile | ElementTree.ParseError): reason = f"is cut off or damaged ({reason})"
+        if isinstance(e, zipfile.BadZipFile | ElementTree.ParseError | struct.error): reason = f"is cut off or damaged ({reason})"
         if "is not a multiple of n=" in reason: reason = f"is cut off, or a row of a loop is too short or too long ({reason})"
         raise ValueError(f"{path}: {f'lacks {reason}' if isinstance(e, KeyError) else reason}"[:400]) from e
 

@@ -594,6 +594,8 @@ class Predictor:
         if index is None: raise ValueError("this predictor has no index of materials; give candidates=a material table")
         [one] = as_inputs(None, pattern, wavelength)
         if strange := [e for e in elements or () if e not in SYMBOLS[1:]]: raise ValueError(f"there is no element {strange[0]!r}")
+        if formula is not None and elements is not None and {*parse_formula(formula)[0].tolist()} != {SYMBOLS.index(e) for e in elements}:
+            raise ValueError(f"formula={formula} does not consist of just {', '.join(elements)}; give one of the two")
         wanted: dict[str, Callable[[Index], Tensor]] = {}
         if elements is not None: wanted["just these elements"] = lambda i: i.holds([SYMBOLS.index(e) for e in elements]).nonzero().squeeze(1)
         if formula is not None: wanted[f"the composition {formula}"] = lambda i: i.of(formula)

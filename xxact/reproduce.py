@@ -1211,9 +1211,9 @@ def _predict(a: argparse.Namespace) -> int:
     from xxact.materials import TARGETS
     from xxact.predict import Predictor
     if not (a.files or a.formula): raise ValueError("give a file, --formula, or both")
+    read = _one_by_one(a.files, lambda f: _reflections(f, a)) if a.files else {None: None}  # before the weights take memory
     predictor = Predictor.load(a.weights)
-    if a.files: done = _one_by_one(a.files, lambda f: predictor.predict(a.formula, _reflections(f, a)).to_dicts()[0])
-    else: done = {None: predictor.predict(a.formula).to_dicts()[0]}
+    done = {f: r if isinstance(r, Exception) else predictor.predict(a.formula, r).to_dicts()[0] for f, r in read.items()}
     if a.json: print(_answers(done))
     else:
         rows = []
@@ -1232,10 +1232,11 @@ def _predict(a: argparse.Namespace) -> int:
 
 def _search(a: argparse.Namespace) -> int:
     from xxact.predict import Predictor, make_index
+    read = _one_by_one(a.files, lambda f: _reflections(f, a))  # before the weights take memory
     predictor = Predictor.load(a.weights)
     elements = None if a.elements is None else split_list(a.elements)
     candidates = make_index(read_table(a.candidates)) if a.candidates else None
-    done = _one_by_one(a.files, lambda f: predictor.search(_reflections(f, a), candidates, a.formula, elements, a.top))
+    done = {f: r if isinstance(r, Exception) else predictor.search(r, candidates, a.formula, elements, a.top) for f, r in read.items()}
     if a.json: print(_answers({f: r if isinstance(r, Exception) else dict(found=r.to_dicts()) for f, r in done.items()}))
     else:
         for file, found in done.items():
@@ -1247,6 +1248,7 @@ def _search(a: argparse.Namespace) -> int:
 
 def _convert(a: argparse.Namespace) -> int:
     from tqdm import tqdm
+    if a.out and a.out.is_file(): raise ValueError(f"--out {a.out} is a file; give a folder")
     if a.out: a.out.mkdir(parents=True, exist_ok=True)
     names = Counter((a.out or file.parent, file.stem) for file in a.files)
     def convert(file: Path) -> None:
