@@ -196,21 +196,24 @@ def plot_comparison(
     results: "pl.DataFrame",  # columns model, seed, and a column a metric
     metrics: dict[str, str],  # column -> label
 ) -> tuple["Figure", "pl.DataFrame"]:
-    "Each metric by model, a dot a seed."
+    "Each metric by model, a dot a seed; a model far behind stands at the edge, or nobody would see how the others differ."
     import matplotlib.pyplot as plt
     import polars as pl
 
     models = results["model"].unique(maintain_order=True).to_list()
     fig, axes = plt.subplots(1, len(metrics), figsize=(1.9 * len(metrics) + 0.8, 0.28 * len(models) + 0.7), sharey=True, squeeze=False)
     for ax, (column, label) in zip(axes[0], metrics.items()):
+        best, worst = results[column].min() or 0.0, results[column].max() or 0.0
+        limit = worst if column.endswith("accuracy") or worst < 2 * best else 1.5 * best
+        edge = worst if limit == worst else 1.2 * results[column].filter(results[column] <= limit).max()
         for y, m in enumerate(models):
             values = results.filter(pl.col("model") == m)[column].drop_nulls().to_numpy()
-            ax.plot(values, [y] * len(values), "o", ms=4, color="C0")
-            if len(values):
-                ax.annotate(f"{values.mean():.3g}", (values.mean(), y), (0, 4), textcoords="offset points", ha="center", fontsize=6)
+            if not len(values): continue
+            far = values.mean() > limit
+            ax.plot([edge] if far else values, [y] if far else [y] * len(values), ">" if far else "o", ms=4, color="C0")
+            ax.annotate(f"{values.mean():.3g}", (edge if far else values.mean(), y), (0, 4), textcoords="offset points", ha="center", fontsize=6)
         ax.set(xlabel=label, yticks=range(len(models)), yticklabels=models, ylim=(len(models) - 0.5, -0.7))
         ax.margins(x=0.2); ax.grid(axis="x", lw=0.3)
-        if not column.endswith("accuracy") and _spread(results[column]): ax.set_xscale("log"); _plain_numbers(ax.xaxis)
     return fig, results.select("model", "seed", *metrics)
 
 
