@@ -371,6 +371,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'xxact.predict.as_measured': ('predict.html#as_measured', 'xxact/predict.py'),
                                'xxact.predict.ask': ('predict.html#ask', 'xxact/predict.py'),
                                'xxact.predict.batch_inputs': ('predict.html#batch_inputs', 'xxact/predict.py'),
+                               'xxact.predict.by_chance': ('predict.html#by_chance', 'xxact/predict.py'),
                                'xxact.predict.fit_case': ('predict.html#fit_case', 'xxact/predict.py'),
                                'xxact.predict.fit_mix': ('predict.html#fit_mix', 'xxact/predict.py'),
                                'xxact.predict.formula_of': ('predict.html#formula_of', 'xxact/predict.py'),

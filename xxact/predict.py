@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PatternLike', 'CASES', 'SYSTEM_OF_GROUP', 'COVERAGE', 'WITHIN', 'AXES', 'KEPT_PEAKS', 'RERANKED', 'MOVED',
            'NEIGHBOURS', 'SHORTLIST', 'SHIPPED', 'AS_MEASURED', 'Input', 'as_inputs', 'batch_inputs', 'Raw', 'ask',
-           'of_systems', 'probabilities', 'fit_case', 'mix', 'fit_mix', 'spread_of', 'Hits', 'Index', 'make_index',
-           'strongest_peaks', 'peak_match', 'Predictor', 'as_measured', 'random_lines', 'measured_set', 'formula_of',
-           'make_predictor', 'read_references', 'score_references', 'score_predictor']
+           'of_systems', 'probabilities', 'fit_case', 'by_chance', 'mix', 'fit_mix', 'spread_of', 'Hits', 'Index',
+           'make_index', 'strongest_peaks', 'peak_match', 'Predictor', 'as_measured', 'random_lines', 'measured_set',
+           'formula_of', 'make_predictor', 'read_references', 'score_references', 'score_predictor']
 
 # %% ../nbs/11_predict.ipynb #ef633564
 import json
@@ -188,7 +188,7 @@ def fit_case(
     truth: Tensor,  # (n, t) standardised, NaN where unknown
     space_group: Tensor,  # (n,), 0 where unknown
     trained: Tensor,  # (m, w) embeddings of training materials
-    chance: Tensor | None = None,  # (k, w) embeddings of `random_lines`
+    chance: Tensor | None = None,  # (k, w) embeddings of `random_lines`, for `by_chance`
 ) -> dict[str, Tensor]:
     "Calibrate one case on held-out materials. Raises `ValueError` for too few."
     if len(truth) < 40: raise ValueError(f"{len(truth)} held-out materials are too few to calibrate on; at least 40 are needed")
@@ -222,6 +222,14 @@ def fit_case(
         found["crystal"] = torch.from_numpy(np.append(told.coef_[0], told.intercept_))
         found["crystal"][-1] += _quantile(-_linear(x, found["crystal"]), 0.99)  # so that one in a hundred materials is taken for chance
     return {k: v.float().contiguous() for k, v in found.items()}
+
+
+def by_chance(
+    raw: Raw,  # of patterns alone
+    case: dict[str, Tensor],  # of `fit_case`, that of patterns
+) -> Tensor:  # (n,) bool
+    "Which patterns look like lines that chance has put somewhere."
+    return _linear((raw.embedding - case["mean"]) / case["spread"], case["crystal"]) < 0
 
 
 def _lines(patterns: Iterable[Measured]) -> Tensor: return torch.tensor([len(p.intensity) for p in patterns], dtype=torch.float32)
@@ -276,7 +284,6 @@ def spread_of(
     "Uncertainty of the targets, and how far inputs lie from the training data."
     x = (raw.embedding - case["mean"]) / case["spread"]
     far = torch.cdist(x @ case["axes"], case["places"]).amin(1) / case["farthest"]
-    if "crystal" in case: far = torch.where(_linear(x, case["crystal"]) < 0, math.inf, far)
     return _linear(x, case["head"]).clamp(max=5).exp() * case["scale"], far
 
 # %% ../nbs/11_predict.ipynb #8368030d
@@ -478,7 +485,7 @@ class Predictor:
             raise ValueError(f"{folder} holds no complete predictor: calibration.safetensors belongs to another model than model.safetensors")
         needed, known = {"mean", "spread", "temperature", "axes", "places", "farthest", "head", "scale"}, {"mix", "least_match"}
         wanted = {"both": set(CASES), "composition": {"formula"}, "xrd": {"pattern"}}[model.config["modalities"]]
-        parts = {name: needed | ({"crystal"} if CASES[name][1] else set()) for name in wanted}
+        parts = {name: needed | ({"crystal"} if name == "pattern" else set()) for name in wanted}
         if set(cases) != wanted or any(not parts[k] <= set(c) or known & set(c) not in (set(), known) for k, c in cases.items()):
             raise ValueError(f"{folder} holds no complete predictor: a part of calibration.safetensors is missing")
         if not all(t.isfinite().all() for t in flat.values() if t.is_floating_point()):
@@ -516,7 +523,11 @@ class Predictor:
         import polars as pl
         raw, n = ask(self.model, inputs), len(inputs)
         std, far = torch.empty_like(raw.targets), torch.empty(n)
-        for case, rows in self._by_case(inputs): std[rows], far[rows] = spread_of(Raw(*(x[rows] for x in raw)), self.cases[case])
+        for case, rows in self._by_case(inputs):
+            some = Raw(*(x[rows] for x in raw))
+            std[rows], far[rows] = spread_of(some, self.cases[case])
+            if case == "both": some = ask(self.model, [inputs[i]._replace(formula=None) for i in rows.tolist()])  # a formula hides a strange pattern
+            if case != "formula": far[rows[by_chance(some, self.cases["pattern"])]] = math.inf
         system, group, nearest = self._symmetry(inputs, raw, without)
         value, width = self.model.in_units(raw.targets), std * self.model.target_std
         gap = torch.tensor([t.startswith("band_gap") for t in self.model.config["targets"]], dtype=torch.bool)
@@ -701,7 +712,7 @@ def make_predictor(
         inputs = [Input(f if composition else None, p if xrd else None) for f, p in zip(formulas, patterns, strict=True)]
         raw, chance = ask(model, inputs), None
         held = Raw(*(x[:held_out] for x in raw))
-        if xrd: chance = ask(model, [i._replace(pattern=random_lines(i.pattern, rng)) for i in inputs[held_out:]]).embedding
+        if case == "pattern": chance = ask(model, [i._replace(pattern=random_lines(i.pattern, rng)) for i in inputs[held_out:]]).embedding
         cases[case] = fit_case(held, truth, group, raw.embedding[held_out:], chance)
         if index and xrd:  # once as if a material were known, and once as if it were not
             network = probabilities(held, cases[case]["temperature"])[1]
