@@ -575,3 +575,52 @@ def test_settings_are_refused_before_a_folder_is_taken(wrong):
 @pytest.mark.parametrize("wrong", [dict(symmetry_weight=math.nan), dict(modality_dropout=1.5)])
 def test_supervision_is_refused_before_a_folder_is_taken(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))): Supervised(XxaCT("nano", targets=["band_gap"]), **wrong)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_loss_that_goes_wrong_is_found_before_patience_ends_the_run(task, data_file, tmp_path):
+    process = start(*arguments(task, data_file, tmp_path / "x", epochs=8, log_every=1000, lr=1e30, patience=1))
+    error = process.communicate()[1].strip().splitlines()[-1]
+    assert process.returncode == 2 and "lower lr" in error
+    assert not (tmp_path / "x/model.safetensors").exists()
+
+
+def test_two_processes_judge_alike_what_is_held_out(data_file, tmp_path):
+    held_out, logs = MaterialSet.load(data_file).indices("val"), []
+    assert any(len(part) % 2 for part in held_out.tensor_split(-(-len(held_out) // 8))), "no part has shares of two sizes"
+    for n in (1, 2):
+        launch(n, *arguments("pretrain", data_file, tmp_path / f"{n}", epochs=2, batch_size=8, checkpoint_every=1e9, patience=5), restarts=0)
+        logs.append([row["val_loss"] for row in read_log(tmp_path / f"{n}/log.jsonl") if "val_loss" in row])
+    assert len(logs[0]) == 2 and logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
+def test_a_folder_is_one_process_s_and_one_run_s(data_file, tmp_path):
+    first = start(*arguments("finetune", data_file, tmp_path / "x", epochs=200))
+    while first.poll() is None and steps(tmp_path / "x") < 2: time.sleep(0.01)
+    second = start(*arguments("finetune", data_file, tmp_path / "x", epochs=200))
+    assert "another process trains in" in second.communicate()[1] and second.returncode == 2
+    first.kill(), first.wait()
+    for name in ("state.pt", "previous_state.pt"): (tmp_path / "x" / name).unlink(missing_ok=True)
+    log = (tmp_path / "x/log.jsonl").read_text()
+    third = start(*arguments("finetune", data_file, tmp_path / "x"))
+    assert "but no checkpoint" in third.communicate()[1] and third.returncode == 2
+    assert (tmp_path / "x/log.jsonl").read_text() == log
+
+
+def test_a_damaged_log_is_told(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.warns(UserWarning, match="line 2 is damaged; it and the 1 after it"): assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]
+
+
+def test_evaluation_is_done_without_the_compiled_network(data_file, tmp_path, monkeypatch):
+    data = MaterialSet.load(data_file)
+
+    def compiled(function):
+        def run(prepared):
+            assert torch.is_grad_enabled(), "it would be compiled again"
+            return function(prepared)
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    it = objective("finetune", data)
+    train(it, data, data.indices("train"), tmp_path, epochs=1, batch_size=16, compile="on", held_out=data.indices("val"), device="cpu")

@@ -48,9 +48,19 @@ def total(x: Tensor) -> Tensor:
     return _Sum.apply(x) if processes()[1] > 1 else x
 
 
-def gathered(x: Tensor) -> Tensor:
-    "Rows of all processes, in their order, with their gradients."
-    return _Rows.apply(x) if processes()[1] > 1 else x
+def gathered(x: Tensor) -> tuple[Tensor, int]:
+    "Rows of all processes, in their order, with their gradients; and the place of this one's first. Without gradients shares may differ."
+    rank, world = processes()
+    if world == 1: return x, 0
+    if torch.is_grad_enabled(): return _Rows.apply(x), rank * len(x)
+    sizes = torch.zeros(world, dtype=torch.int64, device=x.device)
+    sizes[rank] = len(x)
+    dist.all_reduce(sizes)
+    mine = x.new_zeros(int(sizes.max()), *x.shape[1:])
+    mine[: len(x)] = x
+    parts = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(parts, mine)
+    return torch.cat([part[:n] for part, n in zip(parts, sizes.tolist(), strict=True)]), int(sizes[:rank].sum())
 
 # %% ../nbs/08_contrastive.ipynb #0089950a
 def alignment_loss(
@@ -60,8 +70,8 @@ def alignment_loss(
     scale: Tensor,  # inverse temperature
 ) -> tuple[Tensor, Tensor]:  # loss; share of rows whose nearest (of those not excluded) is their own
     "Symmetric cross-entropy between paired embeddings, of this process's rows against those of all."
-    every_a, every_b, every = gathered(a), gathered(b), gathered(composition)
-    own = len(a) * processes()[0] + torch.arange(len(a), device=a.device)
+    (every_a, first), (every_b, _), (every, _) = gathered(a), gathered(b), gathered(composition)
+    own = first + torch.arange(len(a), device=a.device)
     same = (composition[:, None] == every) & (own[:, None] != torch.arange(len(every), device=a.device))
     with torch.autocast(a.device.type, enabled=False):  # similarities differ by less than bf16 can tell
         to_b, to_a = ((scale * x @ y.T).masked_fill(same, -torch.inf) for x, y in ((a, every_b), (b, every_a)))

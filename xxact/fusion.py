@@ -216,14 +216,15 @@ def save_model(model: XxaCT, path: str | Path) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try: save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, temporary, {"config": json.dumps(model.config)})
-    except SafetensorError as e: raise OSError(f"the weights could not be written to {path}: {e}") from e
+    except SafetensorError as e: raise OSError(f"the weights could not be written to {path} ({e}); make room and run the same again") from e
+    temporary.chmod(0o644)  # safetensors writes for its owner only
     temporary.replace(path)
 
 
 def _read_weights(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     try:
-        with safe_open(path, "pt") as f: return json.loads(f.metadata()["config"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError, KeyError) as e: raise ValueError(f"{path} holds no xxact weights: {e}") from e
+        with safe_open(path, "pt") as f: return dict(json.loads(f.metadata()["config"])), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e: raise ValueError(f"{path} holds no xxact weights: {e}") from e
 
 
 def load_model(path: str | Path) -> XxaCT:
@@ -246,8 +247,8 @@ def start_from(model: XxaCT, path: str | Path) -> list[str]:  # names of the par
     "Take over the pretrained encoders and fusion. Raises `ValueError` where size or tokeniser differ."
     config, weights = _read_weights(path)
     for key in ("size", "tokeniser"):
-        if config[key] != model.config[key]:
-            raise ValueError(f"{path} has {key}={config[key]}, the model {key}={model.config[key]}; they must be equal")
+        if config.get(key) != model.config[key]:
+            raise ValueError(f"{path} has {key}={config.get(key)}, the model {key}={model.config[key]}; they must be equal")
     parts = [p for p in ("composition", "xrd", "fusion") if hasattr(model, p) and any(k.startswith(p + ".") for k in weights)]
     with _fitting(path):
         for part in parts: getattr(model, part).load_state_dict({k[len(part) + 1 :]: v for k, v in weights.items() if k.startswith(part + ".")})

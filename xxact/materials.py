@@ -373,8 +373,14 @@ class MaterialSet:
             with safe_open(path, "pt") as f:
                 header = f.metadata()
                 targets = tuple(json.loads(header.pop("targets")))
-                return cls(**{k: f.get_tensor(k) for k in f.keys()}, target_names=targets, metadata=header)  # noqa: SIM118
-        except (SafetensorError, OSError, TypeError, KeyError, AttributeError) as e: raise ValueError(f"{path} is no MaterialSet file: {e}") from e
+                data = cls(**{k: f.get_tensor(k) for k in f.keys()}, target_names=targets, metadata=header)  # noqa: SIM118
+            each = data.targets, data.space_group, data.composition, data.split, data.first_element[1:], data.first_reflection[1:]
+            flat = {data.first_element: (data.atomic_numbers, data.fractions), data.first_reflection: (data.ln_d, data.sqrt_intensity)}
+            if len({*map(len, each)}) > 1 or any(int(first[-1]) != len(x) for first, both in flat.items() for x in both):
+                raise ValueError("its parts differ in length")
+            return data
+        except (SafetensorError, OSError, TypeError, KeyError, AttributeError, ValueError, IndexError) as e:
+            raise ValueError(f"{path} is no MaterialSet file: {e}") from e
 
     def batch(
         self,

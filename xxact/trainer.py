@@ -10,6 +10,7 @@ __all__ = ['NEARLY_SOLVED', 'RECIPE', 'REQUEUE', 'EXPLODED', 'draws', 'batch_ind
 
 # %% ../nbs/09_trainer.ipynb #bbecaf74
 import argparse
+import fcntl
 import hashlib
 import json
 import math
@@ -23,9 +24,10 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -352,10 +354,16 @@ RECIPE = 3  # 2: perturbed reflections are put in order again before peaks are m
 
 
 class Log:
-    "A file of JSON lines that can be cut back to a step; events for TensorBoard beside it, where that is installed."
+    """A file of JSON lines that can be cut back to a step, in a folder that is this process's alone; events for TensorBoard beside it, where
+    that is installed. Raises `ValueError` where another process is in the folder."""
 
     def __init__(self, path: Path, step: int = 0):
-        self.path = path
+        self.path, self.lock = path, os.open(path.parent, os.O_RDONLY)
+        try: fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.lock)
+            raise ValueError(f"another process trains in {path.parent}; wait for it, or use another folder") from None
+        except OSError: pass  # a file system that has no locks
         kept = [row for row in read_log(path) if row["step"] <= step] if step else []
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         try: from torch.utils.tensorboard import SummaryWriter
@@ -370,17 +378,22 @@ class Log:
         except OSError as e: raise OSError(f"{self.path} could not be written ({e}); make room and run the same again") from e
 
     def close(self) -> None:
-        "End the thread that writes the events; what it could not write is in the log."
+        "End the thread that writes the events (what it could not write is in the log), and let others in."
         with suppress(OSError):
             if self.board: self.board.close()
+        os.close(self.lock)
 
 
 def read_log(path: str | Path) -> list[dict]:
     "Lines of a log; a half-written last line is left out. Raises `ValueError` for a line of something else."
     rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
+    for i, line in enumerate(lines):
         try: rows.append(json.loads(line))
-        except json.JSONDecodeError: break
+        except json.JSONDecodeError:
+            after = len(lines) - i - 1
+            if after: warnings.warn(f"{path}: line {i + 1} is damaged; it and the {after} after it are left out", stacklevel=2)
+            break
         if not isinstance(rows[-1], dict) or "step" not in rows[-1]:
             raise ValueError(f"{path} is no log of a training ({line[:40]}); use another folder")
     return rows
@@ -423,20 +436,20 @@ class _State:
                 with zipfile.ZipFile(path) as z:
                     if bad := z.testzip(): raise ValueError(bad)  # a checksum does not fit; torch.load does not look
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                saved = state["settings"]
+                saved, step, rest = dict(state["settings"]), int(state["step"]), dict(state["rest"])
             except (OSError, MemoryError): raise  # the file may be good: nothing is thrown away
             except Exception as e: damaged.append(f"{path} is damaged ({type(e).__name__})"); continue
             if differ := [k for k in self.settings if saved.get(k) != self.settings[k]]:
                 was, now = saved.get(differ[0]), self.settings[differ[0]]
                 raise ValueError(f"{path} belongs to a run with {differ[0]}={was}, not {now}; use another folder")
-            for problem in damaged: warnings.warn(f"{problem}; going on from {path.name}, step {state['step']}", stacklevel=3)
+            for problem in damaged: warnings.warn(f"{problem}; going on from {path.name}, step {step}", stacklevel=3)
             if damaged and processes()[0] == 0: self.path.unlink()  # or the next checkpoint would put it in place of the good one
             try:
                 self.objective.load_state_dict(state["objective"])
                 self.optimiser.load_state_dict(state["optimiser"])
                 for k, v in state["average"].items(): self.average[k].copy_(v)
-                self.saved = state["step"]
-                return state["step"], state["rest"]
+                self.saved = step
+                return step, rest
             except (RuntimeError, ValueError, KeyError) as e:
                 raise ValueError(f"{path} was written by another version of the code ({str(e).splitlines()[0]}); use another folder") from e
         if damaged: raise ValueError(f"{'; '.join(damaged)}; delete it to start the run again")
@@ -547,10 +560,11 @@ def train(
     folder, where = Path(folder), pick_device(device)
     if folder.exists() and not folder.is_dir(): raise ValueError(f"{folder} is a file; give a folder")
     precision = pick_precision(precision, where)
-    folder.mkdir(parents=True, exist_ok=True)
+    try: folder.mkdir(parents=True, exist_ok=True); (folder / f".{os.getpid()}").touch(); (folder / f".{os.getpid()}").unlink()
+    except OSError as e: raise ValueError(f"{folder} cannot be written to ({e.strerror}); give another folder") from e
     per_epoch = len(index) // batch_size
     steps, eval_every, lr = epochs * per_epoch, eval_every or per_epoch, lr or SIZES[objective.model.config["size"]].learning_rate
-    objective.to(where).train()
+    with _memory(batch_size, world): objective.to(where).train()
     matrices = [p for p in objective.parameters() if p.ndim >= 2]
     vectors = [p for p in objective.parameters() if p.ndim < 2]
     optimiser = torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)],
@@ -566,12 +580,8 @@ def train(
         raise ValueError(f"process {rank} found a checkpoint of step {start} in {folder}, others did not; all must see one folder")
     seconds, sums, smallest = rest.get("seconds", 0.0), rest.get("sums", {}), rest.get("smallest", {})
     best = Best(**rest.get("best", {}))
-    if rank == 0:
-        log = Log(folder / "log.jsonl", start)
-        for left in folder.glob(f".{state.path.name}.*"): left.unlink()  # of a process that was killed while it saved
-        if not start: state.save(0)
     chosen = lambda step: batch_indices(index, batch_size, seed, step)
-    feed = Feed(data, chosen, where, on_device)
+    with _memory(batch_size, world): feed = Feed(data, chosen, where, on_device)
 
     def prepare(step: int) -> Prepared:
         return objective.prepare(feed(step), draws(seed, step), share_of(data, chosen(step), rank, world) if world > 1 else None)
@@ -602,12 +612,17 @@ def train(
         return ValueError(f"{name} is {value:g} at step {step} ({', '.join(lines['materials'][:3])} …, all in {folder / 'bad_step.json'}); "
                           f"lower lr (now {lr:g}), or look at these materials")
 
-    with Terminated() as terminated, _deterministic(deterministic), _memory(batch_size, world), closing(log) if rank == 0 else nullcontext():
+    if rank == 0: log = Log(folder / "log.jsonl", start)
+    with Terminated() as terminated, _deterministic(deterministic), _memory(batch_size, world), ExitStack() as stack:
+        if rank == 0:
+            stack.callback(log.close)
+            for left in chain(*(folder.glob(f".{name}.*") for name in ("state.pt", "log.jsonl", "model.safetensors"))): left.unlink()  # of the killed
+            if not start: state.save(0)
         if compile == "on" or (compile == "auto" and where.type == "cuda"): compile_objective(objective, prepare(start), precision)
         module = DistributedDataParallel(objective, static_graph=True) if world > 1 else objective  # the same parameters are unused in every step
         clock = saved = time.monotonic()
-        bar = tqdm(desc=description, initial=start * batch_size, total=steps * batch_size, unit=" materials", unit_scale=True, mininterval=1,
-                   **(dict(disable=True) if rank else {}))  # the first process obeys TQDM_DISABLE
+        bar = stack.enter_context(tqdm(desc=description, initial=start * batch_size, total=steps * batch_size, unit=" materials", unit_scale=True,
+                                       mininterval=1, **(dict(disable=True) if rank else {})))  # the first process obeys TQDM_DISABLE
         for step in range(start, steps):
             losses = one_step(step)
             for k, v in losses.items(): sums[k] = sums[k].to(where) + v if k in sums else v
@@ -615,7 +630,8 @@ def train(
             bar.update(batch_size)
             elapsed = seconds + time.monotonic() - clock
             stop, read = terminated.asked, done % log_every == 0 or done == steps
-            if read or (stop and world == 1):  # nothing is saved unseen
+            evaluating = (evaluate or held_out is not None) and (done % eval_every == 0 or done == steps)
+            if read or evaluating or (stop and world == 1):  # nothing is saved or judged unseen
                 row = {k: float(v) / (step % log_every + 1) for k, v in sums.items()}
                 if name := gone_wrong(row, smallest): raise explain(done, name, row[name])
             if read:
@@ -625,12 +641,13 @@ def train(
                 if rank == 0: log.write(step=done, **row)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                 if world > 1: stop = bool(total(torch.tensor(float(stop), device=where)))
-            if (evaluate or held_out is not None) and (done % eval_every == 0 or done == steps):
+            if evaluating:
                 scores, began = {}, time.monotonic()
                 with averaged(objective, average):
                     if held_out is not None: scores = held_out_losses(objective, feed.data, held_out, batch_size, precision)
                     if evaluate and rank == 0: scores |= evaluate()
                 if held_out is not None:
+                    if not math.isfinite(loss := scores["loss"]): raise ValueError(f"held-out loss {loss:g} at step {done}; lower lr (now {lr:g})")
                     if scores["loss"] < best.loss: best = Best(scores["loss"], done, 0, {k: v.clone() for k, v in average.items()})
                     else: best = best._replace(stale=best.stale + 1)
                     scores["best_step"] = best.step
@@ -648,7 +665,6 @@ def train(
             if stop and done < steps:
                 if rank == 0: print(f"{description}: SIGTERM, saved at step {done} of {steps}; the same command goes on", file=sys.stderr)
                 raise SystemExit(REQUEUE)
-        bar.close()
     with torch.no_grad():
         for k, p in objective.named_parameters(): p.copy_((best.weights or average)[k])
     objective.__dict__.pop("compute", None)  # the compiled one
@@ -662,13 +678,18 @@ def _digest(*tensors: Tensor) -> str:
 
 
 class averaged:
-    "Puts averaged weights in place for a while."
+    "Puts averaged weights in place for a while, and the network that is not compiled, which would be compiled again to evaluate."
 
     def __init__(self, objective: nn.Module, average: dict[str, Tensor]): self.objective, self.average = objective, average
 
-    def __enter__(self) -> None: self._swap(); self.objective.eval()
+    def __enter__(self) -> None:
+        self.compiled = {k: v for k, v in self.objective.__dict__.items() if k == "compute"}
+        self.objective.__dict__.pop("compute", None)
+        self._swap(); self.objective.eval()
 
-    def __exit__(self, *error: object) -> None: self._swap(); self.objective.train()
+    def __exit__(self, *error: object) -> None:
+        self.objective.__dict__.update(self.compiled)
+        self._swap(); self.objective.train()
 
     def _swap(self) -> None:
         for k, p in self.objective.named_parameters(): p.data, self.average[k] = self.average[k], p.data
@@ -725,6 +746,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: os._exit(REQUEUE))  # outside `train` there is nothing to save
     try:
         if not 0 <= a.seed < 2**63: raise ValueError(f"--seed {a.seed} must be from 0 to 2**63 - 1")
+        if not 0 < a.timeout < 1e5: raise ValueError(f"--timeout {a.timeout} must be minutes, above 0 and below 100,000")
         if a.task == "pretrain" and (a.pretrained or a.targets): raise ValueError("--pretrained and --targets are of finetune; leave them out")
         world = int(os.environ.get("WORLD_SIZE", 1))
         if world > 1 and torch.cuda.is_available() and a.device in ("auto", "cuda"):
@@ -738,6 +760,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = processes()[0]
         print(f"xxact.trainer:{f' process {rank}:' if rank else ''} {' '.join(str(e).split())}", file=sys.stderr)
         return 2 if isinstance(e, ValueError) else 1
+    except KeyboardInterrupt:
+        print("xxact.trainer: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     finally:
         signal.signal(signal.SIGTERM, before)
         if dist.is_initialized(): dist.destroy_process_group()
@@ -755,6 +780,10 @@ def _meet(backend: str, timeout: timedelta) -> None:
 def _train_from_file(a: argparse.Namespace, device: torch.device) -> None:
     data = MaterialSet.load(a.data)
     index, held_out = data.indices("train"), data.indices("val")
+    if not len(index): raise ValueError(f"{a.data} has no training materials")
+    begun = [a.folder / name for name in ("log.jsonl", "model.safetensors") if (a.folder / name).exists() and (a.folder / name).stat().st_size]
+    if begun and not any((a.folder / name).exists() for name in ("state.pt", "previous_state.pt")):
+        raise ValueError(f"{begun[0]} is there, but no checkpoint (state.pt) to go on from; use another folder, or delete it to begin anew")
     torch.manual_seed(a.seed)
     same = ("epochs", "batch_size", "lr", "schedule", "patience", "seed", "precision", "compile", "deterministic", "log_every", "checkpoint_every")
     options = {k: getattr(a, k) for k in same} | dict(device=str(device), held_out=held_out if a.patience else None, description=a.task)
@@ -771,7 +800,7 @@ def _train_from_file(a: argparse.Namespace, device: torch.device) -> None:
         if bare and not a.targets and processes()[0] == 0: print(f"without labels, so not learned: {', '.join(bare)}", file=sys.stderr)
         model = XxaCT(a.size, a.modalities, a.fusion, a.tokeniser, data.target_names)
         model.fit_scale(data.targets[index])
-        if a.pretrained: start_from(model, a.pretrained)
+        if a.pretrained and not start_from(model, a.pretrained): raise ValueError(f"{a.pretrained} has no encoder that this model could start from")
         some = held_out[:: max(1, len(held_out) // 10_000)]  # enough to tell, whatever the size of the set
         evaluate = (lambda: scores(predict(model, data, some), data, some)) if len(some) else None
         train(Supervised(model, augment=a.augment or "lab"), data, index, a.folder, evaluate=evaluate, **options)
