@@ -135,7 +135,7 @@ def plot_losses(
             ax.plot(part["step"], part["value"].rolling_mean(smooth, min_samples=1), label=name, marker=few, ms=2.5)
         ax.set(xlabel="step"); ax.set_title(label, fontsize=7)
         if _spread(df.filter(pl.col("quantity") == q)["value"]): ax.set_yscale("log"); _plain_numbers(ax.yaxis)
-    if len(logs) > 1: axes[0, -1].legend(fontsize=6)
+    if len(logs) > 1: fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=6, loc="outside lower center", ncols=len(logs))
     return fig, df
 
 
@@ -508,6 +508,7 @@ def plot_occlusion(
 def plot_robustness(
     df: "pl.DataFrame",  # columns factor, level, arm, seed, and a column a measure
     labels: dict[str, str],  # of the measures
+    guess: dict[str, float] | None = None,  # of some measures: the error of who knows nothing
 ) -> tuple["Figure", "pl.DataFrame"]:
     "Errors against what makes a measurement worse: a column a factor, a row a measure, a line an arm; mean and range over the seeds."
     import matplotlib.pyplot as plt
@@ -524,6 +525,7 @@ def plot_robustness(
                 part = drawn.filter((pl.col("factor") == factor) & (pl.col("arm") == arm))
                 x, (mean, low, high) = np.arange(len(part)), (part[f"{measure}/{k}"].to_numpy() for k in ("mean", "low", "high"))
                 ax.fill_between(x, low, high, color=f"C{i}", alpha=0.2, lw=0); ax.plot(x, mean, f"C{i}{marker}-", ms=3, label=arm)
+            if measure in (guess or {}): ax.axhline(guess[measure], color="0.5", ls="--", lw=0.7)
             ax.set_xticks(x, [f"{v:g}" for v in part["level"]], fontsize=5); ax.tick_params(axis="y", labelsize=6)
     for ax, factor in zip(axes[-1], factors): ax.set_xlabel(factor.replace(" (", "\n(").replace(" /", "\n/").replace(" at", "\nat"), fontsize=6)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=len(arms))

@@ -160,7 +160,7 @@ class XxaCT(nn.Module):
         batch: Batch,  # its reflections may be what `see` made of them
         keep: Tensor | None = None,  # (n, 2) bool: composition, XRD are there; None: both
     ) -> Tensor:  # (n, 4 width), or 2 width of one modality
-        "What encoders and fusion, which pretraining has trained, make of a batch; nothing of what only labels train."
+        "What encoders and fusion make of a batch, before anything that only labels train."
         c, x, keep = self.encode(batch, keep)
         if hasattr(self, "fusion"): c, x = self.fusion(c, x, keep)
         pooled = [pool(t) for t in (c, x) if t is not None]

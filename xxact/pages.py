@@ -116,9 +116,12 @@ def _experiment(root: Path, profile: str, name: str, notebook: Path, link: Calla
     pictures = sorted(p for p in figures.glob(f"{name.split('_')[0]}_*.png") if p.is_file() or p.is_symlink())
     verdict, given = figures / f"{name}.md", executed_parameters(copy)
     if given and given.get("profile", profile) != profile: given = None  # of another profile
+    kept = figures / f"{name}.json"
+    try: kept = dict(json.loads(kept.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError): kept = {}
     try: settings, usual, amiss = parameters(root, profile, {}, [name])[name], defaults(notebook), ""
     except ValueError as e: settings, usual, amiss = {}, {}, _missing(f"Its parameters cannot be read: {e}")
-    values = given or settings
+    values = given or kept or settings
     other = [shlex.quote(f"{k.upper()}={v}") for k, v in values.items() if k != "profile" and v != settings.get(k)]
     command = " ".join([f".venv/bin/xxact reproduce --only {name} PROFILE={profile}", *other])
     parts = [f'<h2 id="{name}">{html.escape(title)}</h2>', f"<p>{html.escape(subtitle)}</p>", amiss]

@@ -764,6 +764,7 @@ def reproduce(
             stamp.unlink(missing_ok=True)
             began = time.time()
             run_notebook(notebook, params, out, root)
+            _write_json(figures / f"{name}.json", {k: Path(v).name if k in _PATHS else v for k, v in params.items()})  # drew the figures
             made = sorted(p.name for p in figures.glob("*") if p.stat().st_mtime >= began - 1)
             write_whole(stamp, json.dumps(dict(key=key, figures=made)))
         done.append(copy)
@@ -839,9 +840,11 @@ def verdicts(
     profile: str,
     root: Path,
 ) -> str:  # Markdown
-    "What the experiments of a profile have shown, a sentence each."
-    files = sorted((root / "figures" / profile).glob("[0-9]*.md"))
-    return "\n".join(f"- {p.read_text(encoding='utf-8').strip()} [{p.stem}](nbs/experiments/{p.stem}.ipynb)" for p in files)
+    "What the experiments of a profile have shown, a sentence each, with their notebooks and figures."
+    folder = root / "figures" / profile
+    drawn = lambda p: "".join(f", [{f.stem}](figures/{profile}/{f.name})" for f in sorted(folder.glob(f"{p.stem.partition('_')[0]}_*.png")))
+    return "\n".join(f"- {p.read_text(encoding='utf-8').strip()} ([notebook](nbs/experiments/{p.stem}.ipynb){drawn(p)})"
+                     for p in sorted(folder.glob("[0-9]*.md")))
 
 
 def changes_table(
