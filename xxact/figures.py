@@ -460,30 +460,42 @@ def plot_effects(
 
 # %% ../nbs/13_figures.ipynb #7ae287b7
 def plot_attention(
-    df: "pl.DataFrame",  # columns material, element, two_theta, intensity, attention, hkl, effect
+    df: "pl.DataFrame",  # columns material, element, two_theta, intensity, attention, back, hkl, effect, element_effect
 ) -> tuple["Figure", "pl.DataFrame"]:
-    "Peaks of each material, coloured by how much an element reads them, a line of panels a material; below, the effect of each peak."
+    """A line of panels a material: for each element the peaks, coloured by how much it reads them, and below how much each peak reads of the
+    element; last what taking away each peak, and below each element, changes."""
     import matplotlib.pyplot as plt
-    import polars as pl
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap
 
     names = df["material"].unique(maintain_order=True).to_list()
     elements = [df.filter(material=m)["element"].unique(maintain_order=True).to_list() for m in names]
-    wide, rows = max(map(len, elements)), len(names)
-    fig, axes = plt.subplots(2 * rows, wide, figsize=(2.4 * wide, 1.35 * rows), squeeze=False, sharex=True, height_ratios=[3, 1] * rows)
+    wide, rows, colours = max(map(len, elements)) + 1, len(names), ListedColormap(plt.cm.viridis_r(np.linspace(0.1, 1, 256)))
+    fig, axes = plt.subplots(2 * rows, wide, figsize=(2.2 * wide, 1.45 * rows), squeeze=False, height_ratios=[3, 1.2] * rows)
     for row, (name, symbols) in enumerate(zip(names, elements)):
-        most = df.filter(material=name)["attention"].max()
-        for column, pair in enumerate(axes[2 * row : 2 * row + 2].T):
-            if column >= len(symbols): pair[0].axis("off"); pair[1].axis("off"); continue
-            part = df.filter((pl.col("material") == name) & (pl.col("element") == symbols[column]))
+        here = df.filter(material=name)
+        most, most_back, lines = here["attention"].max(), here["back"].max(), axes[2 * row : 2 * row + 2]
+        for column, (upper, lower) in enumerate(lines[:, :-1].T):
+            if column >= len(symbols): upper.axis("off"); lower.axis("off"); continue
+            part = here.filter(element=symbols[column])
             x, height = part["two_theta"].to_numpy(), np.sqrt(part["intensity"].to_numpy())
-            pair[0].vlines(x, 0, height, color=plt.cm.viridis_r(0.1 + 0.9 * part["attention"].to_numpy() / most), lw=1.6)
-            for at, h, label in zip(x, height, part["hkl"]): pair[0].text(at, h + 0.03, label, fontsize=5, ha="center", va="bottom")
-            title = symbols[column] + (f" in {name}" if column == 0 else "")
-            pair[0].set(yticks=[], ylim=(0, 1.25)); pair[0].set_title(title, loc="left", fontsize=7, pad=2)
-            pair[1].vlines(x, 0, part["effect"].to_numpy(), color="0.3", lw=1); pair[1].axhline(0, color="0.6", lw=0.5)
-            pair[1].tick_params(labelsize=5)
-    for ax in axes[-1]: ax.set_xlabel("2θ, Cu Kα (degrees)", fontsize=7)
-    fig.supylabel("√ intensity, dark: read most; below: change of ln p of the crystal system", fontsize=7)
+            upper.vlines(x, 0, height, color=colours(part["attention"].to_numpy() / most), lw=1.6)
+            for at, h, label in zip(x, height, part["hkl"]): upper.text(at, h + 0.03, label, fontsize=5, ha="center", va="bottom")
+            upper.set(ylim=(0, 1.25), xticklabels=[])
+            upper.set_title(symbols[column] + (f" in {name}" if column == 0 else ""), loc="left", fontsize=7, pad=2)
+            lower.vlines(x, 0, part["back"].to_numpy() / most_back, color="0.3", lw=1); lower.set(ylim=(0, 1.1))
+        one = here.filter(element=symbols[0])
+        lines[0, -1].vlines(one["two_theta"], 0, one["effect"], color="0.3", lw=1); lines[0, -1].axhline(0, color="0.6", lw=0.5)
+        lines[0, -1].set_title("without a peak; without an element", loc="left", fontsize=7, pad=2)
+        change = [here.filter(element=e)["element_effect"][0] for e in symbols]
+        lines[1, -1].barh(symbols[::-1], change[::-1], color="0.5", height=0.6); lines[1, -1].axvline(0, color="0.6", lw=0.5)
+        for ax in (*lines[:, :-1].flat, lines[0, -1]): ax.set_xlim(5, 90)
+        for ax in lines[:, :-1].flat: ax.set_yticks([])
+        for ax in lines.flat: ax.tick_params(labelsize=5)
+    for ax in axes[-1, :-1]: ax.set_xlabel("2θ, Cu Kα (degrees)", fontsize=7)
+    axes[-1, -1].set_xlabel("change of ln p", fontsize=7)
+    fig.supylabel("√ intensity; below: how much each peak reads of the element", fontsize=7)
+    fig.colorbar(ScalarMappable(cmap=colours), ax=axes, shrink=0.3, aspect=40).set_label("attention / the material's largest", fontsize=7)
     return fig, df
 
 
