@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xxact.diffraction import LN_Q, MEASUREMENTS, batch_reflections, ln_q_of, lorentz_polarisation, render
+from xxact.diffraction import LN_Q, MEASUREMENTS, WAVELENGTHS, batch_reflections, ln_q_of, lorentz_polarisation, render
 from xxact.patterns import Pattern, as_pattern, even_grid, find_peaks, read_pattern, to_reflections, tube_lines, without_kalpha2
 from xxact.reproduce import main
 
@@ -429,7 +429,7 @@ def test_kalpha2_is_taken_out_as_it_was_put_in(seed, shift, ratio, low):
     single[:60] = 0  # Kα2 of what lies before the range is unknown
     origin = np.degrees(2 * np.arcsin(np.sin(np.radians(x / 2)) / (1 + shift)))
     both = single + ratio * np.interp(origin, x, single)
-    np.testing.assert_allclose(without_kalpha2(x, both, shift, ratio), single, atol=1e-5 * single.max())
+    np.testing.assert_allclose(without_kalpha2(x, both, shift, ratio), single, atol=1e-4 * single.max())
 
 
 def test_tubes_are_known_by_their_wavelength():
@@ -581,3 +581,22 @@ def test_kalpha2_is_not_taken_out_of_what_has_none():
     for y in (lines, lines + second):
         at, area = find_peaks(as_pattern(x, y + 50, "CuKa"))
         np.testing.assert_allclose(at[area > 0.05 * area.max()], [40, 66, 75.3, 84.1], atol=0.02)
+
+
+def test_a_word_in_a_comment_is_a_hint_that_an_argument_overrules(tmp_path):
+    rows = "\n".join(f"{5 + 0.02 * i:.2f} {i % 7}" for i in range(3000))
+    (tmp_path / "a.xy").write_text(f"# Fe anode after 10 cycles\n{rows}\n")
+    with pytest.warns(UserWarning, match="Fe is named: its Kα is taken"): assert read_pattern(tmp_path / "a.xy").wavelength == WAVELENGTHS["FeKa"]
+    assert read_pattern(tmp_path / "a.xy", "CuKa").wavelength == WAVELENGTHS["CuKa"]
+    (tmp_path / "b.xy").write_text(f"data_monday\n{rows}\n")
+    assert len(read_pattern(tmp_path / "b.xy", "CuKa").two_theta) == 3000
+
+
+@pytest.mark.parametrize(("name", "text", "said"), [
+    ("a.xy", "5" * 99_000 + "x 1\n", "no two columns"),
+    ("b.uxd", "_FILEVERSION=1\n_START=5\n_STEPSIZE=0.02\n_COUNTS\n" + "\n" * 100_000 + "1 2 3\n", "only 3 of 3 points"),
+    ("c.xrdml", f'<a xmlns="{"u" * 2000}">' + "".join(f"<b{i}/>" for i in range(2000)) + "</a>", "namespace"),
+])
+def test_what_would_take_a_parser_forever_is_refused(name, text, said, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said): read_pattern(tmp_path / name, "CuKa")

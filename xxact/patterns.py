@@ -108,8 +108,8 @@ def as_pattern(
     n, first = len(x), np.searchsorted(x, 0, "right")
     x, y = x[first:], y[first:]
     if (np.diff(x) == 0).any():
-        x, place, counts = np.unique(x, return_inverse=True, return_counts=True)
-        y = np.bincount(place, y) / counts
+        starts = np.flatnonzero(np.diff(x, prepend=-1.0))
+        x, y = x[starts], np.add.reduceat(y, starts) / np.diff(starts, append=len(y))
     if len(x) < max(10, 0.6 * n): raise ValueError(f"only {len(x)} different angles above 0° in {n} points; are the columns separated as they seem?")
     steps = np.diff(x)
     if steps[widest := steps.argmax()] > max(0.5, 20 * steps.mean()):
@@ -117,7 +117,7 @@ def as_pattern(
     return Pattern(x, y, wavelength, dict(metadata or {}))
 
 # %% ../nbs/02_patterns.ipynb #f60232b9
-_NUMBER = re.compile(r"([+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan)$", re.IGNORECASE)
+_NUMBER = re.compile(r"([+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan)$", re.IGNORECASE)
 _COLUMNS = dict(two_theta=("2theta", "twotheta", "2th", "tth", "2θ", "angle", "pos", "position", "theta"),
                 q=("q", "qvalue", "q1", "qa1", "q1a", "qinva"), q_nm=("qnm1", "q1nm", "qinvnm"), d=("d", "dspacing", "dvalue"),
                 intensity=("intensity", "int", "i", "counts", "cps", "y", "yobs", "iobs", "obs"))
@@ -305,7 +305,7 @@ def _read_uxd(text: str) -> Scan:
     if len(parts) < 3: raise ValueError("no data (_2THETACOUNTS or _COUNTS) in the file")
     said = {k: v.strip().strip("'") for k, v in re.findall(r"^_(\w+)\s*=(.*)$", parts[0], re.MULTILINE)}
     _check_axis(said.get("DRIVE"))
-    rows = re.sub(r"^\s*[;_].*$", "", parts[2], flags=re.MULTILINE)
+    rows = re.sub(r"^[ \t]*[;_].*$", "", parts[2], flags=re.MULTILINE)
     x, y = _numbers(rows.splitlines()).T[:2] if parts[1].startswith("2THETA") else (None, _floats(rows))
     if (n := said.get("STEPCOUNT", "")).isdigit() and len(y) < int(n):
         raise ValueError(f"{len(y)} points, but the header promises {n}; the file is cut off")
@@ -363,7 +363,8 @@ _LARGEST = 8 * 2**20  # bytes of one file, or of one member of an archive, that 
 
 def _xml(text: str) -> ElementTree.Element:
     if "<!DOCTYPE" in text or "<!ENTITY" in text or "\0" in text: raise ValueError("XML that declares entities is not read")
-    if max(text.count("<"), text.count("=")) > 1_000_000: raise ValueError("XML of more than a million elements or attributes is not read")
+    if max(text.count("<"), text.count("=")) > 500_000: raise ValueError("XML of more than half a million elements or attributes is not read")
+    if re.search(r"xmlns[^=<>]{0,100}=\s*[^<>]{300}", text): raise ValueError("XML with a namespace of 300 characters is not read")
     depth, events = 0, ElementTree.iterparse(io.StringIO(text), ("start", "end"))
     for event, _ in events:
         depth += 1 if event == "start" else -1
@@ -502,6 +503,7 @@ def _read(path: Path) -> Scan:
     if b"\0" in head and encoding != "utf-16": return _read_with_xylib(_limited(path))
     begin = _decode(head)
     for pattern, reader in _TEXTS:
+        if reader is _read_cif and not re.search(r"^[ \t]*(loop_|_[a-z])", begin, re.MULTILINE): continue  # a name that begins like a CIF
         if re.search(pattern, begin, re.MULTILINE): return reader(_decode(whole()).replace("\r\n", "\n").replace("\r", "\n"))
     with path.open(encoding=encoding, errors="replace") as f: return _read_columns(_short_lines(f))
 
@@ -532,7 +534,11 @@ def read_pattern(
     if wavelength is not None: wavelength = as_wavelength(wavelength)
     try:
         scan = _read(path)
-        found = scan.wavelength or WAVELENGTHS.get(f"{scan.metadata.get('anode') or ''}Ka")
+        named = WAVELENGTHS.get(f"{scan.metadata.get('anode') or ''}Ka")
+        if named and not scan.wavelength and scan.metadata.get("format") == "columns":  # a word in a comment is no more than a hint
+            if wavelength: named = None
+            else: warnings.warn(f"{path}: no wavelength in the file, but {scan.metadata['anode']} is named: its Kα is taken", stacklevel=2)
+        found = scan.wavelength or named
         if found and wavelength and abs(found / wavelength - 1) > 5e-3:
             warnings.warn(f"{path}: the file's own wavelength {found:g} Å is used, not {wavelength:g} Å", stacklevel=2)
         if not (found or wavelength): warnings.warn(f"{path}: no wavelength in the file: Cu Kα (1.54184 Å) is taken", stacklevel=2)
@@ -566,6 +572,7 @@ def even_grid(
 ) -> tuple[np.ndarray, np.ndarray, float]:  # 2θ in degrees, intensities, and the step in degrees
     "A pattern at equal steps: interpolated, or, where it has more than `n_max` points, averaged over cells."
     low, extent, many = p.two_theta[0], float(np.ptp(p.two_theta)), len(p.two_theta) > n_max
+    if not many and np.ptp(np.diff(p.two_theta)) < 1e-6 * extent / len(p.two_theta): return p.two_theta, p.intensity, extent / (len(p.two_theta) - 1)
     step = extent / n_max if many else max(float(np.median(np.diff(p.two_theta))), extent / n_max)
     x = low + step * np.arange(int(extent / step + 1e-6) + 1)
     if not many: return x, np.interp(x, p.two_theta, p.intensity), step  # as it was where it was even
@@ -601,7 +608,7 @@ def without_kalpha2(
     low = np.floor(place).astype(int)
     after, part = np.minimum(low + 1, rows), ratio * (place - low)
     before = ratio - part
-    alone, term, least = intensity.copy(), intensity, 1e-6 * np.abs(intensity).max()
+    alone, term, least = intensity.copy(), intensity, 1e-5 * np.abs(intensity).max()
     while np.abs(term).max() > least:  # alone + ratio × its copy = intensity, as a geometric series
         term = -(before * term[low] + part * term[after])
         alone += term
@@ -650,10 +657,11 @@ def find_peaks(
     if not len(strong) or rough.max() < 1e-6 * np.abs(y).max(): raise ValueError("no peak stands out of the pattern")
     width = float(np.median(peak_widths(rough, strong)[0]))  # steps
     net, sigma = y - background(y, step, max(0.2, 1.5 * width * step)) if remove_background else y, max(0.8, 0.6 * width / 2.355)
-    s, level = smooth(net, sigma), smooth(y, sigma).clip(0)
+    s, smoothed = smooth(net, sigma), smooth(y, sigma)
+    level = smoothed.clip(0)
     usual = max(np.median(level), 0.02 * level.max())
     lost, kept = 1 - 1 / (math.sqrt(math.pi) * sigma), 1 / math.sqrt(2 * math.sqrt(math.pi) * sigma)  # of the noise, by smoothing
-    noise = 1.4826 * np.median(np.abs(y - smooth(y, sigma))) / math.sqrt(lost) * kept * np.sqrt(level.clip(usual) / usual)
+    noise = 1.4826 * np.median(np.abs(y - smoothed)) / math.sqrt(lost) * kept * np.sqrt(level.clip(usual) / usual)
     at, _ = maxima(s, height=np.maximum(detection * noise, 2e-3 * s.max()))
     prominence = peak_prominences(s, at)
     at = at[(prominence[0] > detection * noise[at]) & (peak_widths(s, at, prominence_data=prominence)[0] < 3 * width)]

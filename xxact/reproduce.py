@@ -29,6 +29,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -613,6 +614,7 @@ def ship(
     import polars as pl
     from xxact.sources import SOURCES
 
+    if not find_spec("sklearn"): raise ValueError("calibration needs scikit-learn: pip install 'xxact[notebooks]'")
     df, formulas = load_table(dataset), []
     labelled = sorted(set(load_table(dataset, source)["source"]))
     if references: labels, scans = read_references(references); formulas += labels["formula"].to_list()
@@ -625,6 +627,10 @@ def ship(
     elsewhere = ~pl.col("source").is_in(labelled)
     learned = learned.with_columns(pl.when(elsewhere).then(None).otherwise(t).alias(t) for t in targets if t != "volume_per_atom")
     data, runs = MaterialSet.from_table(learned, targets), Path(runs or project_root() / "runs/ship")
+    given = dict(source=source, known=known) | ({} if weights else dict(size=size, copies=copies, epochs=epochs, batch_size=batch_size, seed=seed))
+    files = dict(references=[references] * bool(references), leave_out=leave_out, weights=[weights] * bool(weights))
+    said = " ".join(["xxact ship", Path(dataset).name, *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v != ""),
+                     *(f"--{k.replace('_', '-')} {Path(path).name}" for k, paths in files.items() for path in paths)])
     if weights:
         before = Predictor.load(weights)
         model, training = before.model, before.card.get("training", {})
@@ -641,16 +647,13 @@ def ship(
         run = finetune(MaterialSet.load(drawn), runs, size=size, modality_dropout=0.25, augment="measured", epochs=epochs,
                        batch_size=batch_size, seed=seed, device=device)
         model = load_model(run.weights)
-        given = dict(source=source, known=known, size=size, copies=copies, epochs=epochs, batch_size=batch_size, seed=seed)
-        command = " ".join(["xxact ship", Path(dataset).name, *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v != ""),
-                            *(f"--leave-out {Path(p).name}" for p in leave_out), *([f"--references {Path(references).name}"] if references else [])])
         patterns = f"{len(data.indices('train'))} materials, {copies} patterns of each drawn as a laboratory would measure them"
-        training = dict(data=patterns, command=command, run=run.id, **provenance(), left_out=sorted({composition_key(f) for f in formulas}))
+        training = dict(data=patterns, command=said, run=run.id, **provenance(), left_out=sorted({composition_key(f) for f in formulas}))
     known_materials = load_table(dataset, known)
     predictor = make_predictor(model, data, make_index(known_materials), workers=workers)
     sources = sorted(set(df["source"]))
     predictor.card |= dict(
-        training=training, calibration=provenance(),
+        training=training, calibration=dict(command=said, **provenance()),
         labels=f"volume and symmetry of all materials, other targets of {', '.join(labelled)}",
         sources=sources, licence=[SOURCES[s][0] for s in sources if s in SOURCES], citation=[SOURCES[s][1] for s in sources if s in SOURCES],
         index=f"{len(known_materials)} materials of {', '.join(sorted(set(known_materials['source'])))}",
