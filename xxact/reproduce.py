@@ -1217,9 +1217,9 @@ def _predict(a: argparse.Namespace) -> int:
     from xxact.materials import TARGETS
     from xxact.predict import Predictor
     if not (a.files or a.formula): raise ValueError("give a file, --formula, or both")
-    read = _one_by_one(a.files, lambda f: _reflections(f, a)) if a.files else {None: None}  # before the weights take memory
     predictor = Predictor.load(a.weights)
-    done = {f: r if isinstance(r, Exception) else predictor.predict(a.formula, r).to_dicts()[0] for f, r in read.items()}
+    if a.files: done = _one_by_one(a.files, lambda f: predictor.predict(a.formula, _reflections(f, a)).to_dicts()[0])
+    else: done = {None: predictor.predict(a.formula).to_dicts()[0]}
     if a.json: print(_answers(done))
     else:
         rows = []
@@ -1238,11 +1238,10 @@ def _predict(a: argparse.Namespace) -> int:
 
 def _search(a: argparse.Namespace) -> int:
     from xxact.predict import Predictor, make_index
-    read = _one_by_one(a.files, lambda f: _reflections(f, a))  # before the weights take memory
     predictor = Predictor.load(a.weights)
     elements = None if a.elements is None else split_list(a.elements)
     candidates = make_index(read_table(a.candidates)) if a.candidates else None
-    done = {f: r if isinstance(r, Exception) else predictor.search(r, candidates, a.formula, elements, a.top) for f, r in read.items()}
+    done = _one_by_one(a.files, lambda f: predictor.search(_reflections(f, a), candidates, a.formula, elements, a.top))
     if a.json: print(_answers({f: r if isinstance(r, Exception) else dict(found=r.to_dicts()) for f, r in done.items()}))
     else:
         for file, found in done.items():
