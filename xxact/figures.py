@@ -200,7 +200,7 @@ def plot_comparison(
     import matplotlib.pyplot as plt
     import polars as pl
 
-    models = results["model"].unique(maintain_order=True).to_list()
+    models, anyone_far = results["model"].unique(maintain_order=True).to_list(), False
     fig, axes = plt.subplots(1, len(metrics), figsize=(1.9 * len(metrics) + 0.8, 0.28 * len(models) + 0.7), sharey=True, squeeze=False)
     for ax, (column, label) in zip(axes[0], metrics.items()):
         best, worst = results[column].min() or 0.0, results[column].max() or 0.0
@@ -209,11 +209,12 @@ def plot_comparison(
         for y, m in enumerate(models):
             values = results.filter(pl.col("model") == m)[column].drop_nulls().to_numpy()
             if not len(values): continue
-            far = values.mean() > limit
+            anyone_far |= (far := values.mean() > limit)
             ax.plot([edge] if far else values, [y] if far else [y] * len(values), ">" if far else "o", ms=4, color="C0")
             ax.annotate(f"{values.mean():.3g}", (edge if far else values.mean(), y), (0, 4), textcoords="offset points", ha="center", fontsize=6)
         ax.set(xlabel=label, yticks=range(len(models)), yticklabels=models, ylim=(len(models) - 0.5, -0.7))
         ax.margins(x=0.2); ax.grid(axis="x", lw=0.3)
+    if anyone_far: fig.supxlabel("a triangle stands for what is off the scale", fontsize=6)
     return fig, results.select("model", "seed", *metrics)
 
 

@@ -740,7 +740,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                               ("compile", "auto", "on, off; auto: on a GPU"), ("log-every", 20, "steps"),
                               ("checkpoint-every", 60.0, "seconds, at the next log line"),
                               ("timeout", 10.0, "minutes that processes wait for one another before all are started again")):
-        parser.add_argument(f"--{name}", default=value, type=type(value), help=f"{text}{'; ' if text else ''}default: {value}")
+        said = f"{text}{'; ' if text else ''}default: {value}" if value != "" else text
+        parser.add_argument(f"--{name}", default=value, type=type(value), help=said)
     parser.add_argument("--deterministic", action="store_true", help="the same bits again on the same GPU, slower")
     a = parser.parse_args(arguments)
     before = signal.signal(signal.SIGTERM, lambda *_: os._exit(REQUEUE))  # outside `train` there is nothing to save
