@@ -95,7 +95,7 @@ def test_what_was_learned(clone, capsys):
         assert (figures / f"{name}.png").exists() and pl.read_csv(figures / f"{name}.csv").height
     for name in learned: assert (figures / f"{name}.md").read_text().startswith("**")
     effects = pl.read_csv(figures / "08_effects.csv")
-    assert set(effects["factor"]) == {"elements", "hidden width"} and effects["change"].is_finite().all()
+    assert set(effects["factor"]) == {"elements", "hidden width (pretrained)"} and effects["change"].is_finite().all()
     probes = pl.read_csv(figures / "07_probes.csv")
     assert set(probes["arm"]) == {"random", "both", "scratch"} and set(probes["probe"]) == {"linear", "nearest"}
     robust = pl.read_csv(figures / "10_robustness.csv")
