@@ -560,7 +560,7 @@ def train(
     folder, where = Path(folder), pick_device(device)
     if folder.exists() and not folder.is_dir(): raise ValueError(f"{folder} is a file; give a folder")
     precision = pick_precision(precision, where)
-    try: folder.mkdir(parents=True, exist_ok=True); (folder / f".{os.getpid()}").touch(); (folder / f".{os.getpid()}").unlink()
+    try: folder.mkdir(parents=True, exist_ok=True); (folder / f".{os.getpid()}").touch(); (folder / f".{os.getpid()}").unlink(missing_ok=True)
     except OSError as e: raise ValueError(f"{folder} cannot be written to ({e.strerror}); give another folder") from e
     per_epoch = len(index) // batch_size
     steps, eval_every, lr = epochs * per_epoch, eval_every or per_epoch, lr or SIZES[objective.model.config["size"]].learning_rate
