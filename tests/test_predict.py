@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xxact.composition import SYMBOLS, composition_key, parse_formula, split_of
-from xxact.diffraction import LN_Q
+from xxact.diffraction import LN_Q, Reflections
 from xxact.fusion import XxaCT, save_model
 from xxact.materials import CRYSTAL_SYSTEMS, MaterialSet
 from xxact.patterns import Measured, Pattern, as_pattern, to_reflections
 from xxact.predict import (
+    AXIS_STRAIN,
     CASES,
     SYSTEM_OF_GROUP,
     Index,
@@ -35,6 +36,7 @@ from xxact.predict import (
     probabilities,
     read_references,
     spread_of,
+    strain_axes,
 )
 from xxact.reproduce import load_table, main, ship
 
@@ -123,7 +125,7 @@ def made_up(n: int, seed: int) -> tuple[Raw, torch.Tensor, torch.Tensor]:
     logits = torch.randn(n, 230, generator=g)
     group = 1 + torch.distributions.Categorical(logits=logits).probs.multinomial(1, generator=g).squeeze(1)
     system = torch.zeros(n, 7).index_add_(1, SYSTEM_OF_GROUP, logits.softmax(1)).log()
-    return Raw(targets, 3 * system, 3 * logits, embedding), truth, group
+    return Raw(targets, 3 * system, 3 * logits, embedding, embedding), truth, group
 
 
 def test_intervals_and_probabilities_hold_on_other_materials():
@@ -175,6 +177,16 @@ def test_known_materials_have_a_say(predictor, data, table):
     nearest = predictor.table(inputs, formulas)["nearest_formula"]
     assert not any(composition_key(m) == composition_key(f) for m, f in zip(nearest, formulas))
     assert predictor.table([Input("NaCl", None)])["nearest"].to_list() == [None]
+
+
+def test_axes_are_strained_as_far_as_the_crystal_system_lets_them():
+    "Of a cubic cell all lines move alike; of others each by its own share, none by more than the axes do; the same again from the same seed."
+    groups = torch.tensor([225, 136, 62, 2, 0])
+    r = Reflections(torch.linspace(1, -0.5, 200).repeat(5), torch.ones(1000), torch.arange(5).repeat_interleave(200), 5)
+    moved = [strain_axes(r, groups, torch.Generator().manual_seed(s)).ln_d - r.ln_d for s in (0, 0, 1)]
+    assert torch.equal(moved[0], moved[1]) and not torch.equal(moved[0], moved[2])
+    spread = moved[0].view(5, 200).std(1)
+    assert spread[0] < 1e-6 and (spread[1:] > 1e-4).all() and moved[0].abs().max() < 5 * AXIS_STRAIN
 
 
 def test_votes_and_network_are_mixed():

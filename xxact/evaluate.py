@@ -228,8 +228,8 @@ def represent(
     batch_size: int = 256,
 ) -> np.ndarray:  # (n, 4 width); of one modality 2 width
     "What encoders and fusion make of materials."
-    device = next(model.parameters()).device
-    parts = [model.eval().pooled(data.batch(i).to(device), torch.tensor([keep] * len(i), device=device)) for i in index.split(batch_size)]
+    device = next(model.eval().parameters()).device
+    parts = [model.pooled(*model.encode(data.batch(i).to(device), torch.tensor([keep] * len(i), device=device))) for i in index.split(batch_size)]
     return torch.cat(parts).cpu().numpy()
 
 

@@ -157,11 +157,11 @@ class XxaCT(nn.Module):
 
     def pooled(
         self,
-        batch: Batch,  # its reflections may be what `see` made of them
-        keep: Tensor | None = None,  # (n, 2) bool: composition, XRD are there; None: both
+        c: Tokens | None,
+        x: Tokens | None,
+        keep: Tensor,  # (n, 2) bool: composition, XRD are there
     ) -> Tensor:  # (n, 4 width), or 2 width of one modality
-        "What encoders and fusion make of a batch, before anything that only labels train."
-        c, x, keep = self.encode(batch, keep)
+        "What fusion makes of the tokens that `encode` gives, before anything that only labels train."
         if hasattr(self, "fusion"): c, x = self.fusion(c, x, keep)
         pooled = [pool(t) for t in (c, x) if t is not None]
         if len(pooled) == 2: pooled = [torch.where(keep[:, i : i + 1], p, self.absent[i].to(p.dtype)) for i, p in enumerate(pooled)]
@@ -173,7 +173,16 @@ class XxaCT(nn.Module):
         keep: Tensor | None = None,  # (n, 2) bool: composition, XRD are there; None: both
     ) -> Output:
         "Properties and symmetry of a batch."
-        embedding = self.join(self.pooled(batch, keep))
+        return self.read(*self.encode(batch, keep))
+
+    def read(
+        self,
+        c: Tokens | None,
+        x: Tokens | None,
+        keep: Tensor,  # (n, 2) bool: composition, XRD are there
+    ) -> Output:
+        "Properties and symmetry of the tokens that `encode` gives."
+        embedding = self.join(self.pooled(c, x, keep))
         out = self.head(embedding).float()
         return Output(*out.split([len(self.target_mean), len(CRYSTAL_SYSTEMS), 230], 1), embedding)
 

@@ -53,7 +53,7 @@ UNITS = ("two_theta", "q", "q_nm", "d")  # degrees, Å⁻¹, nm⁻¹, Å
 
 def _one_scan(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Ranges that follow one another are joined; of repeated scans the first is taken."
-    starts = np.append(0, np.flatnonzero(np.diff(x) < 0) + 1)
+    starts = np.append(0, np.flatnonzero(x[1:] < x[:-1]) + 1)
     if len(starts) == 1: return x, y
     if len(starts) > 1 + len(x) // 100:
         i = starts[1]
@@ -64,6 +64,12 @@ def _one_scan(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     warnings.warn(f"{len(starts)} ranges that overlap are joined", stacklevel=4)
     order = x.argsort(kind="stable")
     return x[order], y[order]
+
+
+def _check_known(known: int, n: int) -> None:
+    "Warn of points that are no numbers, or raise `ValueError` where they are too many."
+    if known < max(10, 0.5 * n): raise ValueError(f"only {known} of {n} points are numbers; at least 10 and half of them are needed")
+    if known < n: warnings.warn(f"{n - known} of {n} points are no numbers and are left out", stacklevel=3)
 
 
 class Scan(NamedTuple):
@@ -85,14 +91,12 @@ def as_pattern(
 ) -> Pattern:
     "A pattern from columns of numbers, put in order. Raises `ValueError` for what is no pattern."
     x, y = np.asarray(x, float), np.asarray(intensity, float)
+    del intensity  # of ten million points every copy counts
     if unit not in UNITS: raise ValueError(f"unit {unit!r} does not exist; choose from {', '.join(UNITS)}")
     if x.ndim != 1 or x.shape != y.shape: raise ValueError(f"angles {x.shape} and intensities {y.shape} must be two columns of one length")
     known = np.isfinite(x) & np.isfinite(y)
-    if known.sum() < 0.5 * len(x) or known.sum() < 10:
-        raise ValueError(f"only {known.sum()} of {len(x)} points are numbers; at least 10 and half of them are needed")
-    if not known.all():
-        warnings.warn(f"{(~known).sum()} of {len(x)} points are no numbers and are left out", stacklevel=2)
-        x, y = x[known], y[known]
+    _check_known(known.sum(), len(x))
+    if not known.all(): x, y = x[known], y[known]
     if wavelength is None:
         warnings.warn("no wavelength is known: Cu Kα (1.54184 Å) is taken; give wavelength=…", stacklevel=2)
         wavelength = CU_KA
@@ -105,13 +109,20 @@ def as_pattern(
     if x[0] > x[-1]: x, y = x[::-1], y[::-1]
     x, y = _one_scan(x, y)
     if not x[-1] < 180: raise ValueError(f"2θ up to {x[-1]:g}° cannot be; if the column is q, say unit='q' or 'q_nm'")
-    n, first = len(x), np.searchsorted(x, 0, "right")
-    x, y = x[first:], y[first:]
-    if (np.diff(x) == 0).any():
-        starts = np.flatnonzero(np.diff(x, prepend=-1.0))
-        x, y = x[starts], np.add.reduceat(y, starts) / np.diff(starts, append=len(y))
-    if len(x) < max(10, 0.6 * n): raise ValueError(f"only {len(x)} different angles above 0° in {n} points; are the columns separated as they seem?")
-    steps = np.diff(x)
+    n, beyond = len(x), np.searchsorted(x, 0, "right")
+    x, y = x[beyond:], y[beyond:]
+    first = np.append(True, x[1:] > x[:-1])  # of each angle
+    if (many := first.sum()) < max(10, 0.6 * n):
+        raise ValueError(f"only {many} different angles above 0° in {n} points; are the columns separated as they seem?")
+    if not first.all():
+        again = np.flatnonzero(~first)
+        place, more = again - np.arange(1, len(again) + 1), y[again]
+        x = x[first]  # one after the other, since the whole column is freed then
+        y = y[first]
+        np.add.at(y, place, more)
+        place, count = np.unique(place, return_counts=True)
+        y[place] /= 1 + count
+    steps = np.subtract(x[1:], x[:-1], dtype=np.float32)
     if steps[widest := steps.argmax()] > max(0.5, 20 * steps.mean()):
         warnings.warn(f"there are no points between 2θ of {x[widest]:g} and {x[widest + 1]:g}°: peaks there are not seen", stacklevel=2)
     return Pattern(x, y, wavelength, dict(metadata or {}))
@@ -124,7 +135,7 @@ _COLUMNS = dict(two_theta=("2theta", "twotheta", "2th", "tth", "2θ", "angle", "
 _OTHER = re.compile(r"\b(energy|k?ev|time|omega|chi|phi|sin|rad|radians|scattering|tof|channel|s)\b", re.IGNORECASE)  # that are no 2θ, q or d
 _RECIPROCAL = re.compile(r"""(^|[\s,;"#])q($|[\s,;"(\[/])|wave ?vector|momentum|(Å|\ba|angstrom|nm)\s*\)?\s*\^?\{?[-⁻][1¹]|\b1\s*/\s*\\?(Å|a|nm)""",
                          re.IGNORECASE)  # that are q
-_PIECE, _LINE = 2**23, 100_000  # characters read at once, and in one line
+_PIECE, _LINE = 2**21, 100_000  # characters read at once, and in one line
 
 
 def _pieces(lines: Iterable[str]) -> Iterator[list[str]]:
@@ -194,7 +205,7 @@ def _read_columns(lines: Iterator[str]) -> Scan:
         head.append(line[:1000])
         if len(head) > 2000: raise ValueError("no two columns of numbers in the first 2000 lines")
     else: raise ValueError("no two columns of numbers were found")
-    columns, table, at = None, array("d"), len(head) + 1  # an array that grows without being copied
+    columns, table, at, n_rows = None, [], len(head) + 1, 0
     for piece in _pieces(chain([line], lines)):
         numbered = [(at + i, s) for i, s in enumerate(s.replace('"', "").strip(" \t\r\n\x1a") for s in piece) if s and s[0] not in "#!%;'/*"]
         at += len(piece)
@@ -204,14 +215,18 @@ def _read_columns(lines: Iterator[str]) -> Scan:
             separator, n = _separator(rows[0]), len(_fields(rows[0], _separator(rows[0])))
             decimal_comma = separator != "," and any("," in s for s in rows)
             columns, unit = _pick_columns([s for s in head if s.strip()][-2:], rows, separator)
+            table = [array("d") for _ in columns]  # which grow without being copied
         if decimal_comma and (both := next((i for i, s in numbered if "." in s and "," in s), None)):
             raise ValueError(f"line {both} has numbers with points and with commas; which is the decimal sign?")
         if uneven := next((i for i, s in numbered if len(s.rstrip(separator).split(separator)) != n), None):
             raise ValueError(f"line {uneven} has not {n} columns as the first line of data has, or no number in one: {dict(numbered)[uneven][:40]!r}")
         if decimal_comma: rows = [s.replace(",", ".") for s in rows]
-        try: table.frombytes(np.loadtxt(rows, delimiter=separator, usecols=columns, ndmin=2).tobytes())
+        try: values = np.loadtxt(rows, delimiter=separator, usecols=columns, ndmin=2)
         except ValueError: raise ValueError(_bad_number(zip((i for i, _ in numbered), rows, strict=True), columns, separator)) from None
-    x, y, *d = np.frombuffer(table).reshape(-1, len(columns)).T
+        n_rows += len(values)
+        for column, some in zip(table, values[np.isfinite(values[:, :2]).all(1)].T, strict=True): column.frombytes(some.tobytes())
+    _check_known(len(table[0]), n_rows)
+    x, y, *d = map(np.frombuffer, table)
     wavelength, metadata = _header_wavelength(head)
     if d: wavelength = float(np.median(2 * d[0] * np.sin(np.radians(x / 2))))
     return Scan(x, y, wavelength, dict(format="columns") | metadata, unit)
@@ -544,7 +559,8 @@ def read_pattern(
         if not (found or wavelength): warnings.warn(f"{path}: no wavelength in the file: Cu Kα (1.54184 Å) is taken", stacklevel=2)
         if unit and scan.unit and unit != scan.unit: warnings.warn(f"{path}: the file's own unit {scan.unit} is used, not {unit}", stacklevel=2)
         metadata = scan.metadata | ({} if found or wavelength else dict(wavelength_assumed=True))
-        return as_pattern(scan.x, scan.y, found or wavelength or CU_KA, scan.unit or unit or "two_theta", metadata)
+        columns, scan = [scan.y, scan.x], scan._replace(x=None, y=None)  # given away, so that what is replaced there is freed
+        return as_pattern(columns.pop(), columns.pop(), found or wavelength or CU_KA, scan.unit or unit or "two_theta", metadata)
     except FileNotFoundError: raise ValueError(f"{path}: no such file") from None
     except _BROKEN as e:
         reason = " ".join(str(e).split()) or type(e).__name__

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PatternLike', 'CASES', 'SYSTEM_OF_GROUP', 'COVERAGE', 'WITHIN', 'AXES', 'KEPT_PEAKS', 'RERANKED', 'MOVED',
-           'NEIGHBOURS', 'SHORTLIST', 'SHIPPED', 'AS_MEASURED', 'Input', 'as_inputs', 'batch_inputs', 'Raw', 'ask',
-           'of_systems', 'probabilities', 'fit_case', 'by_chance', 'mix', 'fit_mix', 'spread_of', 'Hits', 'Index',
-           'make_index', 'strongest_peaks', 'peak_match', 'Predictor', 'as_measured', 'random_lines', 'measured_set',
-           'formula_of', 'make_predictor', 'read_references', 'score_references', 'score_predictor']
+           'NEIGHBOURS', 'SHORTLIST', 'SHIPPED', 'AS_MEASURED', 'AXIS_STRAIN', 'Input', 'as_inputs', 'batch_inputs',
+           'Raw', 'ask', 'of_systems', 'probabilities', 'fit_case', 'by_chance', 'mix', 'fit_mix', 'spread_of', 'Hits',
+           'Index', 'make_index', 'strongest_peaks', 'peak_match', 'Predictor', 'strain_axes', 'as_measured',
+           'random_lines', 'measured_set', 'formula_of', 'make_predictor', 'read_references', 'score_references',
+           'score_predictor']
 
 # %% ../nbs/11_predict.ipynb #ef633564
 import json
@@ -39,6 +40,7 @@ from xxact.diffraction import (
     peaks,
     render,
 )
+from .encoders import pool
 from .evaluate import calibration_error
 from .fusion import LOG_TARGETS, SIZES, XxaCT, load_model, save_model
 from .materials import CRYSTAL_SYSTEMS, Batch, MaterialSet, crystal_system
@@ -131,6 +133,7 @@ class Raw(NamedTuple):
     crystal_system: Tensor  # (n, 7) logits
     space_group: Tensor  # (n, 230) logits
     embedding: Tensor  # (n, w)
+    pattern: Tensor  # (n, w) of the XRD tokens before fusion: what is known of the pattern alone; 0 wide for a model that reads none
 
 
 @torch.no_grad()
@@ -144,8 +147,10 @@ def ask(
     needed = dict(composition="formula", xrd="pattern").get(can)
     for i, one in enumerate(inputs):
         if needed and one.case not in (needed, "both"): raise ValueError(f"input {i}: these weights need a {needed}")
-    for begin in range(0, len(inputs), batch_size): parts.append(model(*batch_inputs(inputs[begin : begin + batch_size], model)))
-    return Raw(*(torch.cat([getattr(p, field) for p in parts]) for field in Raw._fields))
+    for begin in range(0, len(inputs), batch_size):
+        c, x, keep = model.encode(*batch_inputs(inputs[begin : begin + batch_size], model))
+        parts.append((*model.read(c, x, keep), torch.empty(len(keep), 0) if x is None else pool(x)))
+    return Raw(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def of_systems(group: Tensor) -> Tensor:  # (n, 230) to (n, 7)
@@ -188,7 +193,7 @@ def fit_case(
     truth: Tensor,  # (n, t) standardised, NaN where unknown
     space_group: Tensor,  # (n,), 0 where unknown
     trained: Tensor,  # (m, w) embeddings of training materials
-    chance: Tensor | None = None,  # (k, w) embeddings of `random_lines`, for `by_chance`
+    lines: tuple[Tensor, Tensor] | None = None,  # `Raw.pattern` of training materials and of `random_lines`, for `by_chance`
 ) -> dict[str, Tensor]:
     "Calibrate one case on held-out materials. Raises `ValueError` for too few."
     if len(truth) < 40: raise ValueError(f"{len(truth)} held-out materials are too few to calibrate on; at least 40 are needed")
@@ -215,21 +220,22 @@ def fit_case(
     farthest = _quantile(torch.cdist(x @ axes, places).amin(1), 0.99)
     found = dict(mean=mean, spread=spread, temperature=temperature, axes=axes, places=places, farthest=farthest,
                  head=torch.stack(heads, 1) if heads else torch.zeros(x.shape[1] + 1, 0), scale=torch.tensor(scales))
-    if chance is not None:
+    if lines:
         from sklearn.linear_model import LogisticRegression
-        both, crystal = torch.cat([known, (chance.double() - mean) / spread]), torch.arange(len(known) + len(chance)) < len(known)
-        told = LogisticRegression(C=0.03, max_iter=1000).fit(both.numpy(), crystal.numpy())
-        found["crystal"] = torch.from_numpy(np.append(told.coef_[0], told.intercept_))
-        found["crystal"][-1] += _quantile(-_linear(x, found["crystal"]), 0.99)  # so that one in a hundred materials is taken for chance
+        both, crystal = torch.cat(lines).double(), torch.arange(sum(map(len, lines))) < len(lines[0])
+        scale = both[crystal].std(0).clamp(min=1e-6)
+        told = LogisticRegression(C=0.03, max_iter=1000).fit((both / scale).numpy(), crystal.numpy())
+        found["crystal"] = torch.cat([torch.from_numpy(told.coef_[0]) / scale, torch.from_numpy(told.intercept_)])
+        found["crystal"][-1] += _quantile(-_linear(raw.pattern.double(), found["crystal"]), 0.99)  # one in a hundred materials is taken for chance
     return {k: v.float().contiguous() for k, v in found.items()}
 
 
 def by_chance(
-    raw: Raw,  # of patterns alone
+    raw: Raw,
     case: dict[str, Tensor],  # of `fit_case`, that of patterns
 ) -> Tensor:  # (n,) bool
     "Which patterns look like lines that chance has put somewhere."
-    return _linear((raw.embedding - case["mean"]) / case["spread"], case["crystal"]) < 0
+    return _linear(raw.pattern, case["crystal"]) < 0
 
 
 def _lines(patterns: Iterable[Measured]) -> Tensor: return torch.tensor([len(p.intensity) for p in patterns], dtype=torch.float32)
@@ -289,7 +295,7 @@ def spread_of(
 # %% ../nbs/11_predict.ipynb #8368030d
 KEPT_PEAKS, RERANKED, MOVED = 64, 200, 0.03  # peaks of a material, candidates compared by them, ln d by which they are moved
 NEIGHBOURS, SHORTLIST = 30, 50  # materials that have a say in the symmetry, and candidates for that
-_LN_Q_BITS, _FWHM, _STEP = 65535, 0.006, 0.002  # of the kept places; width and step of the compared patterns, ln q
+_LN_Q_BITS, _FWHM, _STEP = 65535, 0.010, 0.002  # of the kept places; width and step of the compared patterns, ln q
 _COARSE_FWHM, _COARSE_STEP = 0.02, 0.01  # of the embedded patterns, ln q
 
 
@@ -333,7 +339,8 @@ class Index(NamedTuple):
     def of(self, formula: str) -> Tensor:  # places
         "Materials of a composition."
         key, rows = composition_key(formula), self.holds(parse_formula(formula)[0].tolist()).nonzero().squeeze(1)
-        return rows[torch.tensor([composition_key(self.formula[row]) == key for row in rows.tolist()], dtype=torch.bool)]
+        same = {f for f in {self.formula[row] for row in rows.tolist()} if composition_key(f) == key}
+        return rows[torch.tensor([self.formula[row] in same for row in rows.tolist()], dtype=torch.bool)]
 
     def take(self, rows: Tensor) -> "Index":
         "Some of the materials."
@@ -526,7 +533,6 @@ class Predictor:
         for case, rows in self._by_case(inputs):
             some = Raw(*(x[rows] for x in raw))
             std[rows], far[rows] = spread_of(some, self.cases[case])
-            if case == "both": some = ask(self.model, [inputs[i]._replace(formula=None) for i in rows.tolist()])  # a formula hides a strange pattern
             if case != "formula": far[rows[by_chance(some, self.cases["pattern"])]] = math.inf
         system, group, nearest = self._symmetry(inputs, raw, without)
         value, width = self.model.in_units(raw.targets), std * self.model.target_std
@@ -621,6 +627,21 @@ class Predictor:
 
 # %% ../nbs/11_predict.ipynb #7da2e9a7
 AS_MEASURED = MEASUREMENTS["lab"]._replace(strain=(-0.015, 0.015))  # a real cell is that far from one of density functional theory
+AXIS_STRAIN = 0.006  # standard deviation by which each of its axes is off beside that
+
+
+def strain_axes(
+    r: Reflections,
+    space_group: Tensor,  # (n,), 0 where unknown
+    generator: torch.Generator,
+    strain: float = AXIS_STRAIN,
+) -> Reflections:
+    "Make the axes of each cell longer or shorter, each by its own share as far as the crystal system lets it; lines lie in random directions."
+    system, axes = crystal_system(space_group), strain * torch.randn(r.n, 3, generator=generator)
+    axes[system > 2, 1] = axes[system > 2, 0]  # tetragonal, trigonal, hexagonal
+    axes[system == 6] = axes[system == 6, :1]
+    cosines = torch.randn(len(r.ln_d), 3, generator=generator).square()  # of the direction, squared, but for their sum
+    return r._replace(ln_d=r.ln_d + (cosines * axes[r.row.long()]).sum(1) / cosines.sum(1))
 
 
 def as_measured(
@@ -629,19 +650,22 @@ def as_measured(
     measurement: str | Measurement = AS_MEASURED,  # as `render` knows it
     seed: int = 0,
     workers: int = 1,  # processes
+    axis_strain: float = AXIS_STRAIN,
 ) -> list[Measured | None]:  # None where no peak is found
     "Patterns of materials as a measurement would show them."
     parts = index.split(64)
-    reflections = ([t.numpy() for t in data.batch(i).reflections[:3]] for i in parts)
-    jobs = reflections, *map(repeat, (measurement, seed)), range(len(parts))
+    of = ([t.numpy() for t in (*data.batch(i).reflections[:3], data.space_group[i])] for i in parts)
+    jobs = of, *map(repeat, (measurement, axis_strain, seed)), range(len(parts))
     if workers == 1: return sum(map(_measure, *jobs), [])
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         return sum(pool.map(_measure, *jobs, chunksize=8), [])
 
 
-def _measure(reflections: list[np.ndarray], measurement: str | Measurement, seed: int, step: int) -> list[Measured | None]:
-    ln_d, intensity, row = map(torch.from_numpy, reflections)
-    drawn = render(Reflections(ln_d, intensity, row, int(row[-1]) + 1), measurement, generator=draws(seed, step))
+def _measure(of: list[np.ndarray], measurement: str | Measurement, axis_strain: float, seed: int, step: int) -> list[Measured | None]:
+    ln_d, intensity, row, space_group = map(torch.from_numpy, of)
+    reflections, generator = Reflections(ln_d, intensity, row, len(space_group)), draws(seed, step)
+    if axis_strain: reflections = strain_axes(reflections, space_group, generator, axis_strain)
+    drawn = render(reflections, measurement, generator=generator)
     x, lines, found = drawn.two_theta.double().numpy(), drawn.measurement, []
     tubes = zip(lines.wavelength.tolist(), lines.kalpha2.tolist(), lines.kalpha2_shift.tolist(), strict=True)
     for y, (w, second, shift) in zip(drawn.intensity.double().numpy(), tubes, strict=True):
@@ -710,17 +734,19 @@ def make_predictor(
     for case, (composition, xrd) in CASES.items():
         if model.config["modalities"] != "both" and case != dict(composition="formula", xrd="pattern")[model.config["modalities"]]: continue
         inputs = [Input(f if composition else None, p if xrd else None) for f, p in zip(formulas, patterns, strict=True)]
-        raw, chance = ask(model, inputs), None
+        raw, lines = ask(model, inputs), None
         held = Raw(*(x[:held_out] for x in raw))
-        if case == "pattern": chance = ask(model, [i._replace(pattern=random_lines(i.pattern, rng)) for i in inputs[held_out:]]).embedding
-        cases[case] = fit_case(held, truth, group, raw.embedding[held_out:], chance)
+        if case == "pattern":
+            chance = ask(model, [i._replace(pattern=random_lines(i.pattern, rng)) for i in inputs[held_out:]])
+            lines = raw.pattern[held_out:], chance.pattern
+        cases[case] = fit_case(held, truth, group, raw.embedding[held_out:], lines)
         if index and xrd:  # once as if a material were known, and once as if it were not
             network = probabilities(held, cases[case]["temperature"])[1]
             hits = [index.compare(patterns[:held_out], o, out) for o, out in ((own if composition else None, False), (own, True))]
             both = Hits(*(torch.cat(pair) for pair in zip(*hits, strict=True)))
             told = torch.tensor([len(o) > 0 for o in own] + [True] * held_out)  # one that nobody knows is not counted twice
-            lines = _lines(patterns[:held_out]).repeat(2)
-            fitted = fit_mix(*(t[told] for t in (network.repeat(2, 1), both.match, both.own, both.space_group, lines, group.repeat(2))))
+            many = _lines(patterns[:held_out]).repeat(2)
+            fitted = fit_mix(*(t[told] for t in (network.repeat(2, 1), both.match, both.own, both.space_group, many, group.repeat(2))))
             cases[case] |= dict(mix=fitted, least_match=hits[1].match[:, 0].quantile(0.01))
     row = torch.repeat_interleave(torch.arange(len(data)), data.first_element.diff())
     counts = torch.bincount(data.atomic_numbers[torch.isin(row, train)].long() - 1, minlength=103)
