@@ -330,10 +330,28 @@ def test_ten_million_points_are_read(tmp_path):
     with path.open("w") as f:
         for k in range(100):
             f.writelines(f"{x:.7f} {100 + k}\n" for x in piece + 0.85 * k)
+        f.write("89.9999990 nan\n89.9999915 299\n")
     tracemalloc.start()
-    p = read_pattern(path, "CuKa")
-    assert len(p.two_theta) == 10_000_000 and p.intensity[-1] == 199 and tracemalloc.get_traced_memory()[1] < 500e6
+    with pytest.warns(UserWarning, match="1 of 10000002 points are no numbers"): p = read_pattern(path, "CuKa")
+    assert len(p.two_theta) == 10_000_000 and p.intensity[-1] == 249 and tracemalloc.get_traced_memory()[1] < 300e6
     tracemalloc.stop()
+
+
+@given(
+    st.lists(st.integers(1, 3), min_size=5, max_size=40).flatmap(lambda n: st.permutations(n + [1] * 2 * len(n))), st.integers(0, 2**31), st.booleans()
+)
+def test_repeated_angles_are_averaged_and_what_is_no_number_left_out(times, seed, falling):
+    rng = np.random.default_rng(seed)
+    angles = 5 + np.arange(len(times)) * 0.1
+    x, y = np.repeat(angles, times), rng.random(sum(times))
+    mean = [y[x == a].mean() for a in angles]
+    lost = rng.integers(0, len(x) + 1, 3)  # places where lines without numbers stand between
+    x, y = np.insert(x, lost, np.nan), np.insert(y, lost, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        p = as_pattern(x[::-1], y[::-1], "CuKa") if falling else as_pattern(x, y, "CuKa")
+    np.testing.assert_allclose(p.two_theta, angles)
+    np.testing.assert_allclose(p.intensity, mean)
 
 
 # ---- from a scan to reflections

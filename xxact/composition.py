@@ -42,26 +42,28 @@ def element_descriptors() -> np.ndarray:  # (N_ELEMENTS + 1, len(DESCRIPTORS)); 
 
 # %% ../nbs/00_composition.ipynb #517bac87
 MAX_ELEMENTS = 20
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 
 def formula_amounts(formula: str) -> dict[str, float]:  # element symbol -> amount, as written
-    "Amounts of the elements in a formula such as `Ca(OH)2`. Raises `ValueError` for anything that is none."
+    "Amounts of the elements in a formula such as `Ca(OH)2`, `CuSO4·5H2O` or `H₂O`. Raises `ValueError` for anything that is none."
     import re
 
     from pymatgen.core import Composition
 
-    if re.search("[DT](?![a-z])", str(formula)): raise ValueError(f"{formula!r}: deuterium and tritium are no elements of their own; write H")
-    if re.search(r"\d\.\d*H2O\b", str(formula)):
-        raise ValueError(f"{formula!r}: a dot before H2O could be a decimal sign; write it like 'CaSO4(H2O)2'")
-    if any(float(n) <= 0 for n in re.findall(r"-?(?:\d+\.?\d*|\.\d+)", re.sub(r"\s", "", str(formula)))):
+    plain = re.sub(r"\s*[·•∙⋅*]\s*(\d*\.?\d*)([^·•∙⋅*]+)", r"(\2)\1", str(formula).translate(_SUBSCRIPTS))
+    if re.search("[DT](?![a-z])", plain): raise ValueError(f"{formula!r}: deuterium and tritium are no elements of their own; write H")
+    if re.search(r"\d\.\d*H2O\b", plain):
+        raise ValueError(f"{formula!r}: a dot before H2O could be a decimal sign; write it like 'CaSO4·2H2O'")
+    if any(float(n) <= 0 for n in re.findall(r"-?(?:\d+\.?\d*|\.\d+)", re.sub(r"\s", "", plain))):
         raise ValueError(f"{formula!r}: an amount that is not positive; write it like 'Na0.5Cl0.5'")
-    try: amounts = {str(k): float(v) for k, v in Composition(formula, strict=True).items()}
+    try: amounts = {str(k): float(v) for k, v in Composition(plain, strict=True).items()}
     except (ValueError, TypeError) as e:
-        unknown = [s for s in re.findall("[A-Z][a-z]?", str(formula)) if s not in ATOMIC_NUMBER]
+        unknown = [s for s in re.findall("[A-Z][a-z]?", plain) if s not in ATOMIC_NUMBER]
         why = f"unknown element {unknown[0]!r}" if unknown else "no chemical formula"
         raise ValueError(f"{formula!r}: {why}; write element symbols and amounts, like 'BaTiO3' or 'Ca(OH)2'") from e
     if not amounts: raise ValueError(f"{formula!r}: no chemical formula with positive amounts; write it like 'BaTiO3'")
-    if lost := sorted(set(re.findall("[A-Z][a-z]?", str(formula))) & set(ATOMIC_NUMBER) - set(amounts)):
+    if lost := sorted(set(re.findall("[A-Z][a-z]?", plain)) & set(ATOMIC_NUMBER) - set(amounts)):
         raise ValueError(f"{formula!r}: the amount of {lost[0]} is too small to count; amounts must be positive")
     _check(amounts, formula)
     return amounts
