@@ -338,7 +338,9 @@ def test_ten_million_points_are_read(tmp_path):
 
 
 @given(
-    st.lists(st.integers(1, 3), min_size=5, max_size=40).flatmap(lambda n: st.permutations(n + [1] * 2 * len(n))), st.integers(0, 2**31), st.booleans()
+    st.lists(st.integers(1, 3), min_size=5, max_size=40).flatmap(lambda n: st.permutations(n + [1] * 2 * len(n))),
+    st.integers(0, 2**31),
+    st.booleans(),
 )
 def test_repeated_angles_are_averaged_and_what_is_no_number_left_out(times, seed, falling):
     rng = np.random.default_rng(seed)
