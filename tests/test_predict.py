@@ -78,6 +78,8 @@ def test_one_or_many_of_any_kind(predictor, tmp_path):
     assert (many.select("volume_per_atom_std", "lattice_energy_per_atom_std").to_numpy() > 0).all()
     assert predictor.embed("TiO2").shape == (1, 128) and predictor.embed(None, [pattern] * 3).shape == (3, 128)
     assert not np.allclose(predictor.embed("TiO2"), predictor.embed("TiO2", pattern))
+    scan = Pattern(X, Y, 1.54)
+    assert predictor.embed(None, (scan, scan)).shape == (2, 128)  # two patterns, not a pair of columns
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -92,6 +94,8 @@ def test_one_or_many_of_any_kind(predictor, tmp_path):
     (None, [(X, Y, X)], "a path, a Pattern, or a pair"), (None, [object()], "a path, a Pattern, or a pair"), (None, (X, None), "numbers|columns"),
     (None, Pattern(X, Y * np.nan, 1.54, {}), "points are numbers"), (None, Pattern(X, Y[:9], 1.54, {}), "two columns of one length"),
     (None, Pattern(X, -Y, 1.54, {}), "no intensity is above 0|no peak"), (None, Pattern(X, Y, -1.0, {}), "wavelength"),
+    (None, Pattern(X, Y, 1.54, dict(kalpha2="1.544")), "kalpha2='1.544' must be"), (None, Pattern(X, Y, 1.54, dict(kalpha2=9.0)), "up to 2 % above"),
+    (None, pl.DataFrame(dict(x=X, y=Y)), "not Series"),
 ])  # fmt: skip
 def test_what_cannot_be_read_says_why(predictor, formula, pattern, reason):
     with pytest.raises(ValueError, match=reason) as e:

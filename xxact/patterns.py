@@ -100,7 +100,9 @@ def as_pattern(
     if wavelength is None:
         warnings.warn("no wavelength is known: Cu Kα (1.54184 Å) is taken; give wavelength=…", stacklevel=2)
         wavelength = CU_KA
-    wavelength = as_wavelength(wavelength)
+    wavelength, second = as_wavelength(wavelength), (metadata or {}).get("kalpha2")
+    if second is not None and not (isinstance(second, int | float) and wavelength < second < 1.02 * wavelength):
+        raise ValueError(f"kalpha2={second!r} must be Kα2's wavelength in Å, up to 2 % above Kα1's {wavelength:g}")
     if unit != "two_theta":
         q = dict(q=x, q_nm=x / 10, d=2 * math.pi / np.where(x > 0, x, np.nan))[unit]
         sin = q * wavelength / (4 * math.pi)

@@ -76,7 +76,7 @@ def as_inputs(
         if not (given is None or isinstance(given, Iterable | Path)) or isinstance(given, Mapping):
             raise ValueError(f"{what}={given!r} is no {what}, and no list of such")
     formulas = None if formula is None else [formula] if isinstance(formula, str) else list(formula)
-    pair = isinstance(pattern, tuple) and len(pattern) == 2 and np.ndim(pattern[0]) == 1
+    pair = isinstance(pattern, tuple) and len(pattern) == 2 and not isinstance(pattern[0], Pattern | Measured) and np.ndim(pattern[0]) == 1
     patterns = None if pattern is None else [pattern] if pair or isinstance(pattern, str | Path | Pattern | Measured) else list(pattern)
     if formulas is not None and patterns is not None and len(formulas) != len(patterns):
         raise ValueError(f"{len(formulas)} formulas and {len(patterns)} patterns; give as many of each, with None where one is missing")
@@ -101,7 +101,7 @@ def _as_measured(p: PatternLike, wavelength: float | str | None) -> Measured:
         except ValueError as e: raise ValueError(f"{p}: {e}") from e
     if isinstance(p, Pattern): return to_reflections(as_pattern(p.two_theta, p.intensity, p.wavelength, metadata=p.metadata))
     if not (isinstance(p, tuple | list) and len(p) == 2):
-        raise ValueError(f"a pattern must be a path, a Pattern, or a pair (two_theta, intensity), not {type(p).__name__} {str(p)[:60]}")
+        raise ValueError(f"a pattern must be a path, a Pattern, or a pair (two_theta, intensity), not {type(p).__name__}")
     return to_reflections(as_pattern(*p, wavelength))
 
 
