@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -493,6 +494,7 @@ def test_files_of_any_format_become_columns(tmp_path, capsys):
     assert (p.wavelength, p.metadata["kalpha2"]) == (1.5406, 1.54439)
     assert main(["convert", str(tmp_path / "q.csv"), "--wavelength", "1.5406", "--out", str(tmp_path / "other")]) == 0
     np.testing.assert_allclose(read_pattern(tmp_path / "other" / "q.xy").two_theta, X, atol=1e-5)
+    with pytest.warns(UserWarning, match="own wavelength 1.54184 Å is used"): read_pattern(out / "q.xy", "MoKa")  # assumed, but the angles hang on it
 
 
 @pytest.mark.parametrize("text, reason", {
@@ -523,6 +525,11 @@ TABLE = list(zip(X, Y))
     "comments": rows("{:.2f} {}\n").replace("11.00", "% pause\n11.00"),
     "tabs": rows("\t{:.2f}\t\t{}\t\n"),
     "whole first": rows("{:.2f} {}\n").replace("10.00 ", "10 ").replace(".", ","),
+    "thousands": '2theta,counts\n' + rows('{:.2f},"0,{:03d}"\n'),
+    "quoted decimal commas": "".join(f'"{x:.2f}"'.replace(".", ",") + f',"{y},0"\n' for x, y in TABLE),
+    "words with one blank": "2 theta   Ycalc   Yobs\n" + rows("{:.2f} 7 {}\n"),
+    "spec": "#L TwoTheta  Epoch  Detector\n" + rows("{:.2f} 7 {}\n"),
+    **{words: f"# {words}\n" + rows("{:.2f} {}\n") for words in ("Time: 1s", "omega coupled", "Sample A-1", "Sample Q", "run 1/a")},
     "dos": rows("{:.2f} {}\r\n") + "\x1a",
 }.values())  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
@@ -577,7 +584,9 @@ def test_a_monochromator_has_an_angle():
 
 
 @pytest.mark.parametrize(("line", "wavelength"), [("# Co tube, Fe filter", 1.79026), ("# filter Ni 0.5 lambda 1.5406", 1.5406),
-                                                  ("# Kalpha1=1.54056 Kalpha2=1.54439", 1.54056), ("# lambda detector 2.5 mm", 1.54184)])  # fmt: skip
+                                                  ("# Kalpha1=1.54056 Kalpha2=1.54439", 1.54056), ("# lambda detector 2.5 mm", 1.54184),
+                                                  ("# wavelength selector 2.50 mm slit", 1.54184), ("# wavelength 0.7093 (step 0.02)", 0.7093),
+                                                  ("# wavelength = 0.050000 Å", 0.05)])  # fmt: skip
 def test_a_filter_or_a_detector_is_no_tube(tmp_path, line, wavelength):
     (tmp_path / "a.xy").write_text(line + "\n" + "".join(f"{x:.2f} {5 + x % 7:.1f}\n" for x in np.arange(10, 80, 0.5)))
     with warnings.catch_warnings():
@@ -585,12 +594,28 @@ def test_a_filter_or_a_detector_is_no_tube(tmp_path, line, wavelength):
         assert abs(read_pattern(tmp_path / "a.xy").wavelength / wavelength - 1) < 2e-3
 
 
-@pytest.mark.parametrize("title", ["Wavevector Q (A-1),Int", "Q / \\AA^-1\tcounts", "Momentum transfer\tI", "Q\tI\nA^-1\ta.u."])
+@pytest.mark.parametrize("title", ["Wavevector Q (A-1),Int", "Q / \\AA^-1\tcounts", "Momentum transfer\tI", "Q\tI\nA^-1\ta.u.",
+                                   "Ni.chi\nQ (A^-1)\nIntensity\n   800", "Ni.chi\nQ Space (Inverse Angstroms)\nIntensity\n   800"])  # fmt: skip
 def test_an_abscissa_that_is_q_in_any_words(tmp_path, title):
     q = np.linspace(0.5, 6, 800)
     (tmp_path / "a.dat").write_text(title + "\n" + "".join(f"{x:.4f}\t{10 + 100 * np.exp(-(((x - 2) / 0.02) ** 2)):.3f}\n" for x in q))
     with pytest.warns(UserWarning, match="column 1 is taken for q in Å⁻¹"): p = read_pattern(tmp_path / "a.dat", "CuKa1")
+    if "Int" not in title and "\tI" not in title:  # a guess, which who knows better overrules
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert read_pattern(tmp_path / "a.dat", "CuKa1", "two_theta").two_theta[-1] == 6
     assert abs(p.two_theta[-1] - np.degrees(2 * np.arcsin(6 * 1.54056 / (4 * np.pi)))) < 0.01
+
+
+def test_a_scan_that_stands_still_in_two_theta_is_passed_over(tmp_path):
+    at = '<positions axis="2Theta"><commonPosition>30</commonPosition></positions>'
+    still = f"<scan><dataPoints>{at}<intensities>1 2 3</intensities></dataPoints></scan>"
+    whole = FILES["a.xrdml"]
+    (tmp_path / "two.xrdml").write_text(re.sub("(<scan)", still + r"\1", whole, count=1)), (tmp_path / "a.xrdml").write_text(whole)
+    two, one = read_pattern(tmp_path / "two.xrdml"), read_pattern(tmp_path / "a.xrdml")
+    np.testing.assert_array_equal(two.two_theta, one.two_theta), np.testing.assert_array_equal(two.intensity, one.intensity)
+    (tmp_path / "still.xrdml").write_text(f"<xrd>{still}</xrd>")
+    with pytest.raises(ValueError, match="no scan over 2Theta"): read_pattern(tmp_path / "still.xrdml")
 
 
 def test_kalpha2_is_not_taken_out_of_what_has_none():

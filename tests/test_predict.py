@@ -80,6 +80,11 @@ def test_one_or_many_of_any_kind(predictor, tmp_path):
     assert not np.allclose(predictor.embed("TiO2"), predictor.embed("TiO2", pattern))
     scan = Pattern(X, Y, 1.54)
     assert predictor.embed(None, (scan, scan)).shape == (2, 128)  # two patterns, not a pair of columns
+    with pytest.warns(UserWarning, match="own wavelength 1.54 Å is used, not MoKa"): predictor.embed(None, scan, "MoKa")
+    with pytest.raises(ValueError, match="wavelength 'foo'"): predictor.embed("NaCl", None, "foo")
+    assert predictor.search([X, Y], top=np.int64(3), wavelength="CuKa").height == 3
+    for several in ((scan, scan), ("a.xy", "b.xy"), [scan]):
+        with pytest.raises(ValueError, match="one pattern at a time"): predictor.search(several)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -90,6 +95,7 @@ def test_one_or_many_of_any_kind(predictor, tmp_path):
     (None, (X, Y[:9]), "two columns of one length"), (None, (X, 0 * Y), "no intensity is above 0"), (None, "nowhere.xy", "nowhere.xy: no such file"),
     (["NaCl", "KCl"], [(X, Y), "nowhere.xy"], "input 1: nowhere.xy: no such file"),
     (3, None, "formula=3 is no formula"), ({"Na": 1}, None, "is no formula"), ("CaSO4.2H2O", None, "a dot before H2O"),
+    ("NaCl.2H2O", None, "a dot before H2O"), ("MgCl2.6(H2O)", None, "a dot before H2O"),
     (["NaCl", 3], None, "input 1: formula 3 must be text"), (None, 3.5, "pattern=3.5 is no pattern"),
     (None, [(X, Y, X)], "a path, a Pattern, or a pair"), (None, [object()], "a path, a Pattern, or a pair"), (None, (X, None), "numbers|columns"),
     (None, Pattern(X, Y * np.nan, 1.54, {}), "points are numbers"), (None, Pattern(X, Y[:9], 1.54, {}), "two columns of one length"),

@@ -51,10 +51,12 @@ def formula_amounts(formula: str) -> dict[str, float]:  # element symbol -> amou
 
     from pymatgen.core import Composition
 
-    plain = re.sub(r"\s*[·•∙⋅*]\s*(\d*\.?\d*)([^·•∙⋅*]+)", r"(\2)\1", str(formula).translate(_SUBSCRIPTS))
+    plain = str(formula).translate(_SUBSCRIPTS)
+    parts = re.split(r"\s*[·•∙⋅*]\s*", plain)
+    if len(parts) > 1 and all(parts): plain = "".join(re.sub(r"^(\d*\.?\d*)(.+)$", r"(\2)\1", p) for p in parts)
     if re.search("[DT](?![a-z])", plain): raise ValueError(f"{formula!r}: deuterium and tritium are no elements of their own; write H")
-    if re.search(r"\d\.\d*H2O\b", plain):
-        raise ValueError(f"{formula!r}: a dot before H2O could be a decimal sign; write it like 'CaSO4·2H2O'")
+    if re.search(r"\d\.\d*H2O\b|(?:[A-Za-z)\]]|[1-9]\d*)\.\s*\d*\s*\(?\s*(?:H2O|NH3)", plain):
+        raise ValueError(f"{formula!r}: a dot before H2O or NH3 could be a decimal sign; write it like 'CaSO4·2H2O'")
     if any(float(n) <= 0 for n in re.findall(r"-?(?:\d+\.?\d*|\.\d+)", re.sub(r"\s", "", plain))):
         raise ValueError(f"{formula!r}: an amount that is not positive; write it like 'Na0.5Cl0.5'")
     try: amounts = {str(k): float(v) for k, v in Composition(plain, strict=True).items()}

@@ -80,6 +80,7 @@ class Scan(NamedTuple):
     wavelength: float | None = None  # Å
     metadata: dict = {}
     unit: str | None = None  # of x, one of UNITS, where the file says it
+    hint: str | None = None  # the unit that words in the file make likely
 
 
 def as_pattern(
@@ -132,11 +133,13 @@ def as_pattern(
 # %% ../nbs/02_patterns.ipynb #f60232b9
 _NUMBER = re.compile(r"([+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan)$", re.IGNORECASE)
 _COLUMNS = dict(two_theta=("2theta", "twotheta", "2th", "tth", "2θ", "angle", "pos", "position", "theta"),
-                q=("q", "qvalue", "q1", "qa1", "q1a", "qinva"), q_nm=("qnm1", "q1nm", "qinvnm"), d=("d", "dspacing", "dvalue"),
-                intensity=("intensity", "int", "i", "counts", "cps", "y", "yobs", "iobs", "obs"))
+                q=("q", "qvalue", "q1", "qa1", "q1a", "qinva"), q_nm=("qnm1", "q1nm", "qinvnm"), d=("d", "dspacing", "dvalue", "da"),
+                intensity=("intensity", "int", "i", "counts", "cps", "y", "yobs", "iobs", "obs", "detector"))
 _OTHER = re.compile(r"\b(energy|k?ev|time|omega|chi|phi|sin|rad|radians|scattering|tof|channel|s)\b", re.IGNORECASE)  # that are no 2θ, q or d
-_RECIPROCAL = re.compile(r"""(^|[\s,;"#])q($|[\s,;"(\[/])|wave ?vector|momentum|(Å|\ba|angstrom|nm)\s*\)?\s*\^?\{?[-⁻][1¹]|\b1\s*/\s*\\?(Å|a|nm)""",
-                         re.IGNORECASE)  # that are q
+_RECIPROCAL = re.compile(r"""^[\s#'!;/*"]*q($|[\s,;"(\[/])|wave ?vector|momentum|(Å|\ba|angstrom|nm)\s*\)?\s*(\^\s*\{?\s*[-⁻]\s*1|⁻¹)
+                             |[(\[]\s*\\?(Å|a|angstrom|nm)\s*-1\s*[)\]]|[(\[]\s*1\s*/\s*\\?(Å|a|nm)\w*\s*[)\]]|\b1\s*/\s*(Å|nm)""",
+                         re.IGNORECASE | re.VERBOSE)  # that are q
+_Q_SPACE = re.compile(r"q[- ](space|vector)|inverse\s+(nano|ang)|^\W*q\s*[(\[]", re.IGNORECASE)  # as Fit2D says it, some lines above the numbers
 _PIECE, _LINE = 2**21, 100_000  # characters read at once, and in one line
 
 
@@ -160,6 +163,13 @@ def _fields(line: str, separator: str | None) -> list[str]:
     return [f.strip() for f in line.rstrip(separator).split(separator)]
 
 
+def _unquoted(line: str) -> str:
+    "A line without quotation marks; a comma between them is a decimal one where the first number has one, and stands between thousands elsewhere."
+    if '"' not in line: return line
+    decimal = re.match(r'\s*"[^",]*,[^"]*"', line)
+    return re.sub(r'"([^"]*)"', lambda m: m[1].replace(",", "." if decimal else ""), line).replace('"', "")
+
+
 def _begins_data(line: str) -> bool:
     separator = _separator(line)
     fields = _fields(line if separator == "," else line.replace(",", "."), separator)
@@ -168,55 +178,57 @@ def _begins_data(line: str) -> bool:
 
 def _named_columns(fields: list[str]) -> dict[str, int]:
     "Which columns the names mean; where several mean the same, the one that says it best."
-    bare = lambda name: re.sub(r"[^a-z0-9θ]", "", name.lower().replace("å", "a").replace("⁻¹", "-1"))
+    bare = lambda name: re.sub(r"[ _]deg(rees?)?$|[^a-z0-9θ]", "", name.lower().replace("å", "a").replace("⁻¹", "-1"))
     names = [{bare(f), bare(f if f.lower().startswith("q") else re.split(r"[(\[/]", f)[0])} for f in fields]
     found = {meaning: [(known.index(name), i) for i, has in enumerate(names) for name in has if name in known] for meaning, known in _COLUMNS.items()}
     return {meaning: min(places)[1] for meaning, places in found.items() if places}
 
 
-def _pick_columns(above: list[str], rows: list[str], separator: str | None) -> tuple[tuple[int, ...], str | None]:
-    "Places of angle and intensity (and of d, where it stands beside 2θ), and the angle's unit where the lines above (last: the title) say it."
+def _pick_columns(head: list[str], rows: list[str], separator: str | None) -> tuple[tuple[int, ...], str | None, str | None]:
+    "Places of angle and intensity (and of d, where it stands beside 2θ), the angle's unit where the titles say it, and where words above hint at it."
+    above = [s for s in head if s.strip()][-2:]
     n, title = len(_fields(rows[0], separator)), (above or [""])[-1]
-    split = ([f for f in _fields(title.lstrip("#'!;/* "), s) if f[:1] not in ("(", "[")] for s in (separator, "\t", ",", None))
-    titles = next((t for t in split if len(t) == n and not any(map(_NUMBER.match, t))), [])
+    bare = re.sub(r"^[#'!;/*\s]*(L\s+)?", "", title)
+    split = [*([f for f in _fields(bare, s) if f[:1] not in ("(", "[")] for s in (separator, "\t", ",", None)), re.split(r"\s{2,}", bare.strip())]
+    titles = [] if re.search("[:=]", title) else next((t for t in split if len(t) == n and not any(map(_NUMBER.match, t))), [])
     names = _named_columns(titles)
     unit = next((u for u in UNITS if u in names), None) if "intensity" in names else None
-    if titles and _OTHER.search(title) and (unit is None or re.search(r"\brad(ians)?\b", title, re.IGNORECASE)):
+    said, comment = title.replace("_", " "), title.lstrip()[:1] in "#'!;/*" and "intensity" not in names
+    if titles and not comment and _OTHER.search(said) and (unit is None or re.search(r"\brad(ians)?\b", said, re.IGNORECASE)):
         raise ValueError(f"the columns are named {title.strip()[:60]!r}; 2θ in degrees, q or d, and an intensity are needed")
     if unit:
         if re.match(r"\W*theta\b", titles[names[unit]].lower()): warnings.warn("the column 'theta' is taken for 2θ", stacklevel=5)
-        return (names[unit], names["intensity"], *([names["d"]] if unit == "two_theta" and "d" in names else [])), unit
+        return (names[unit], names["intensity"], *([names["d"]] if unit == "two_theta" and "d" in names else [])), unit, None
     if n > 2:
         fields = [_fields(r.replace(",", ".") if separator != "," else r, separator) for r in rows[:50]]
         first, second = (np.diff([float(f[c]) if len(f) > c and _NUMBER.match(f[c]) else 0 for f in fields]) for c in (0, 1))
         if len(first) > 2 and (first == 1).all() and ((second > 0).all() or (second < 0).all()) and not (second == 1).all():
             warnings.warn(f"column 1 counts the lines; columns 2 and 3 of {n} are taken for 2θ and intensity", stacklevel=5)
-            return (1, 2), None
-    if any(map(_RECIPROCAL.search, above)):
-        unit = "q_nm" if any("nm" in s.lower() for s in above) else "q"
-        warnings.warn(f"column 1 is taken for q in {'nm⁻¹' if unit == 'q_nm' else 'Å⁻¹'}, column 2 of {n} for the intensity", stacklevel=5)
-        return (0, 1), unit
-    if n > 3 or titles: warnings.warn(f"columns 1 and 2 of {n} are taken for 2θ and intensity", stacklevel=5)
-    return (0, 1), None
+            return (1, 2), None, None
+    if says := [s for s in above if _RECIPROCAL.search(s)] + [s for s in head if _Q_SPACE.search(s)]:
+        return (0, 1), None, "q_nm" if any(re.search("nm|nanomet", s, re.IGNORECASE) for s in [*above, *says]) else "q"
+    if n > 3 or titles or (n > 2 and re.search("theta|tth|intens|obs|calc|count", title, re.IGNORECASE)):
+        warnings.warn(f"columns 1 and 2 of {n} are taken for 2θ and intensity", stacklevel=5)
+    return (0, 1), None, None
 
 
 def _read_columns(lines: Iterator[str]) -> Scan:
     head = []
     for line in lines:
-        if _begins_data(line.replace('"', "").strip()): break
+        if _begins_data(_unquoted(line).strip()): break
         head.append(line[:1000])
         if len(head) > 2000: raise ValueError("no two columns of numbers in the first 2000 lines")
     else: raise ValueError("no two columns of numbers were found")
     columns, table, at, n_rows = None, [], len(head) + 1, 0
     for piece in _pieces(chain([line], lines)):
-        numbered = [(at + i, s) for i, s in enumerate(s.replace('"', "").strip(" \t\r\n\x1a") for s in piece) if s and s[0] not in "#!%;'/*"]
+        numbered = [(at + i, s) for i, s in enumerate(_unquoted(s).strip(" \t\r\n\x1a") for s in piece) if s and s[0] not in "#!%;'/*"]
         at += len(piece)
         if not numbered: continue
         rows = [s for _, s in numbered]
         if columns is None:
             separator, n = _separator(rows[0]), len(_fields(rows[0], _separator(rows[0])))
             decimal_comma = separator != "," and any("," in s for s in rows)
-            columns, unit = _pick_columns([s for s in head if s.strip()][-2:], rows, separator)
+            columns, unit, hint = _pick_columns(head, rows, separator)
             table = [array("d") for _ in columns]  # which grow without being copied
         if decimal_comma and (both := next((i for i, s in numbered if "." in s and "," in s), None)):
             raise ValueError(f"line {both} has numbers with points and with commas; which is the decimal sign?")
@@ -231,7 +243,7 @@ def _read_columns(lines: Iterator[str]) -> Scan:
     x, y, *d = map(np.frombuffer, table)
     wavelength, metadata = _header_wavelength(head)
     if d: wavelength = float(np.median(2 * d[0] * np.sin(np.radians(x / 2))))
-    return Scan(x, y, wavelength, dict(format="columns") | metadata, unit)
+    return Scan(x, y, wavelength, dict(format="columns") | metadata, unit, hint)
 
 
 def _bad_number(rows: Iterator[tuple[int, str]], columns: tuple[int, ...], separator: str | None) -> str:
@@ -251,10 +263,12 @@ def _header_wavelength(head: list[str]) -> tuple[float | None, dict]:  # Å; ano
         tube = says(rf"{what}\W?\w*\W?{of}\b") or says(rf"{of}(?:(?!filter)[^\n]){{0,20}}?{what}(?!\s*filter)")
         if tube: metadata["anode"] = tube[1].capitalize()
         keyword = says(r"wave[\s_]*length|lambda|λ|k-?alpha")
-        if not keyword or says(r"range|step|beta|ratio|detector"): continue
+        if not keyword: continue
+        after, number = line[keyword.end() :], r"(?<![\d.])\d+[.,]\d+(?:e-?\d+)?(?!\d|\s*mm\b)"
+        if re.search(r"range|step|beta|ratio|detector|selector|slit", line[: keyword.end()] + re.split(number, after)[0], re.IGNORECASE): continue
         scale = 10 if re.search(r"\bnm\b", line) else 1e10 if re.search(r"\bm\b", line) else 1
-        values = [scale * float(v.replace(",", ".")) for v in re.findall(r"(?<![\d.])\d+[.,]\d+(?:e-?\d+)?", line[keyword.end() :], re.IGNORECASE)]
-        values = [v for v in values if 0.1 <= v <= 3]
+        least, most = (0.01, 10) if says("Å|angstrom") else (0.1, 3)
+        values = [v for v in (scale * float(v.replace(",", ".")) for v in re.findall(number, after, re.IGNORECASE)) if least <= v <= most]
         if not values: warnings.warn(f"the wavelength is not understood: {line.strip()[:60]!r}", stacklevel=4)
         elif says(r"alpha-?\s?2") and not says(r"alpha-?\s?1"): metadata["kalpha2"] = values[0]
         elif first is None:
@@ -400,7 +414,8 @@ def _text_of(root: ElementTree.Element, tag: str) -> str | None:
 
 def _read_xrdml(text: str) -> Scan:
     root = _xml(text)
-    scans = [s for s in _all(root, "scan") if any(p.get("axis") == "2Theta" for p in _all(s, "positions"))]
+    over = lambda s: next((p for p in _all(s, "positions") if p.get("axis") == "2Theta" and not _text_of(p, "commonPosition")), None)
+    scans = [s for s in _all(root, "scan") if over(s) is not None]
     if not scans: raise ValueError("no scan over 2Theta in the file")
     scan = scans[0]
     data = next((e for tag in ("counts", "intensities") for e in _all(scan, tag)), None)
@@ -410,7 +425,7 @@ def _read_xrdml(text: str) -> Scan:
     if (status := scan.get("status", "Completed")) != "Completed":
         warnings.warn(f"the scan was not completed ({status}); its angles may not be right", stacklevel=3)
     if (factors := _text_of(scan, "beamAttenuationFactors") or "").strip(): y = y * _floats(factors)
-    position = next(p for p in _all(scan, "positions") if p.get("axis") == "2Theta")
+    position = over(scan)
     if listed := _text_of(position, "listPositions"): x = _floats(listed)
     else: x = np.linspace(float(_text_of(position, "startPosition")), float(_text_of(position, "endPosition")), len(y))
     return _scan(x, y, "PANalytical XRDML", _doublet(_text_of(root, "kAlpha1"), _text_of(root, "kAlpha2")), len(scans),
@@ -560,9 +575,13 @@ def read_pattern(
             warnings.warn(f"{path}: the file's own wavelength {found:g} Å is used, not {wavelength:g} Å", stacklevel=2)
         if not (found or wavelength): warnings.warn(f"{path}: no wavelength in the file: Cu Kα (1.54184 Å) is taken", stacklevel=2)
         if unit and scan.unit and unit != scan.unit: warnings.warn(f"{path}: the file's own unit {scan.unit} is used, not {unit}", stacklevel=2)
-        metadata = scan.metadata | ({} if found or wavelength else dict(wavelength_assumed=True))
+        known = scan.unit or unit or scan.hint or "two_theta"
+        if known == scan.hint and not unit:
+            q = "nm⁻¹" if known == "q_nm" else "Å⁻¹"
+            warnings.warn(f"{path}: column 1 is taken for q in {q}; say unit='two_theta' if it is not", stacklevel=2)
+        metadata = scan.metadata | (dict(wavelength_assumed=True) if not (found or wavelength) and known == "two_theta" else {})
         columns, scan = [scan.y, scan.x], scan._replace(x=None, y=None)  # given away, so that what is replaced there is freed
-        return as_pattern(columns.pop(), columns.pop(), found or wavelength or CU_KA, scan.unit or unit or "two_theta", metadata)
+        return as_pattern(columns.pop(), columns.pop(), found or wavelength or CU_KA, known, metadata)
     except FileNotFoundError: raise ValueError(f"{path}: no such file") from None
     except _BROKEN as e:
         reason = " ".join(str(e).split()) or type(e).__name__

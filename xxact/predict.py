@@ -13,6 +13,7 @@ __all__ = ['PatternLike', 'CASES', 'SYSTEM_OF_GROUP', 'COVERAGE', 'WITHIN', 'AXE
 # %% ../nbs/11_predict.ipynb #ef633564
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
@@ -44,7 +45,7 @@ from .encoders import pool
 from .evaluate import calibration_error
 from .fusion import LOG_TARGETS, SIZES, XxaCT, load_model, save_model
 from .materials import CRYSTAL_SYSTEMS, Batch, MaterialSet, crystal_system
-from .patterns import Measured, Pattern, as_pattern, read_pattern, to_reflections
+from .patterns import Measured, Pattern, as_pattern, as_wavelength, read_pattern, to_reflections
 from .trainer import draws
 
 if TYPE_CHECKING: import polars as pl
@@ -76,8 +77,9 @@ def as_inputs(
         if not (given is None or isinstance(given, Iterable | Path)) or isinstance(given, Mapping):
             raise ValueError(f"{what}={given!r} is no {what}, and no list of such")
     formulas = None if formula is None else [formula] if isinstance(formula, str) else list(formula)
-    pair = isinstance(pattern, tuple) and len(pattern) == 2 and not isinstance(pattern[0], Pattern | Measured) and np.ndim(pattern[0]) == 1
-    patterns = None if pattern is None else [pattern] if pair or isinstance(pattern, str | Path | Pattern | Measured) else list(pattern)
+    if wavelength is not None: as_wavelength(wavelength)
+    alone = isinstance(pattern, str | Path | Pattern | Measured) or (isinstance(pattern, tuple) and _is_pair(pattern))
+    patterns = None if pattern is None else [pattern] if alone else list(pattern)
     if formulas is not None and patterns is not None and len(formulas) != len(patterns):
         raise ValueError(f"{len(formulas)} formulas and {len(patterns)} patterns; give as many of each, with None where one is missing")
     n = len(formulas if formulas is not None else patterns or [])
@@ -93,14 +95,23 @@ def as_inputs(
     return inputs
 
 
+def _is_pair(p: object) -> bool:
+    "Whether it is two columns."
+    return isinstance(p, tuple | list) and len(p) == 2 and not isinstance(p[0], Pattern | Measured) and np.ndim(p[0]) == 1
+
+
 def _as_measured(p: PatternLike, wavelength: float | str | None) -> Measured:
     if isinstance(p, Measured): return p
     if isinstance(p, str | Path):
         scan = read_pattern(p, wavelength)
         try: return to_reflections(scan)
         except ValueError as e: raise ValueError(f"{p}: {e}") from e
-    if isinstance(p, Pattern): return to_reflections(as_pattern(p.two_theta, p.intensity, p.wavelength, metadata=p.metadata))
-    if not (isinstance(p, tuple | list) and len(p) == 2):
+    if isinstance(p, Pattern):
+        own = as_wavelength(p.wavelength)
+        if wavelength is not None and abs(own / as_wavelength(wavelength) - 1) > 5e-3:
+            warnings.warn(f"the pattern's own wavelength {own:g} Å is used, not {wavelength}", stacklevel=4)
+        return to_reflections(as_pattern(p.two_theta, p.intensity, own, metadata=p.metadata))
+    if not _is_pair(p):
         raise ValueError(f"a pattern must be a path, a Pattern, or a pair (two_theta, intensity), not {type(p).__name__}")
     return to_reflections(as_pattern(*p, wavelength))
 
@@ -601,15 +612,16 @@ class Predictor:
     ) -> "pl.DataFrame":  # material_id, formula, space_group, match of the peaks, similarity of the embeddings; best first
         "Known materials whose pattern is most like a measured one. Raises `ValueError` where no material passes the filter."
         import polars as pl
-        if not isinstance(top, int) or top < 1: raise ValueError(f"top={top} must be a whole number, at least 1")
-        if isinstance(pattern, list) and not (len(pattern) == 2 and np.ndim(pattern[0]) == 1): raise ValueError("search takes one pattern at a time")
+        if not isinstance(top, int | np.integer) or top < 1: raise ValueError(f"top={top} must be a whole number, at least 1")
+        if isinstance(pattern, list | tuple) and not (isinstance(pattern, Pattern | Measured) or _is_pair(pattern)):
+            raise ValueError("search takes one pattern at a time")
         if elements is not None and (isinstance(elements, str) or not isinstance(elements, Sequence) or not elements):
             raise ValueError(f"elements={elements!r} must be a list of symbols, like ['Ba', 'Ti', 'O']")
         if not isinstance(candidates, Index | pl.DataFrame | None):
             raise ValueError(f"candidates must be an Index or a material table, not {type(candidates).__name__}")
         index = self.index if candidates is None else candidates if isinstance(candidates, Index) else make_index(candidates)
         if index is None: raise ValueError("this predictor has no index of materials; give candidates=a material table")
-        [one] = as_inputs(None, pattern, wavelength)
+        [one] = as_inputs(None, [pattern], wavelength)
         if strange := [e for e in elements or () if e not in SYMBOLS[1:]]: raise ValueError(f"there is no element {strange[0]!r}")
         if formula is not None and elements is not None and {*parse_formula(formula)[0].tolist()} != {SYMBOLS.index(e) for e in elements}:
             raise ValueError(f"formula={formula} does not consist of just {', '.join(elements)}; give one of the two")
