@@ -648,7 +648,8 @@ def ship(
                        batch_size=batch_size, seed=seed, device=device)
         model = load_model(run.weights)
         patterns = f"{len(data.indices('train'))} materials, {copies} patterns of each drawn as a laboratory would measure them"
-        training = dict(data=patterns, command=said, run=run.id, **provenance(), left_out=sorted({composition_key(f) for f in formulas}))
+        made = {k: run.results[k] for k in ("hardware", "versions", "commit")}  # which may have been made before
+        training = dict(data=patterns, command=said, run=run.id, **made, left_out=sorted({composition_key(f) for f in formulas}))
     known_materials = load_table(dataset, known)
     predictor = make_predictor(model, data, make_index(known_materials), workers=workers)
     sources = sorted(set(df["source"]))
