@@ -585,7 +585,8 @@ def test_a_monochromator_has_an_angle():
 
 @pytest.mark.parametrize(("line", "wavelength"), [("# Co tube, Fe filter", 1.79026), ("# filter Ni 0.5 lambda 1.5406", 1.5406),
                                                   ("# Kalpha1=1.54056 Kalpha2=1.54439", 1.54056), ("# lambda detector 2.5 mm", 1.54184),
-                                                  ("# wavelength selector 2.50 mm slit", 1.54184), ("# wavelength 0.7093 (step 0.02)", 0.7093),
+                                                  ("# wavelength selector 2.50 mm slit", 1.54184), ("# nm-sized; wavelength 0.7093", 0.7093),
+                                                  ("# wavelength 0.7093 (step 0.02)", 0.7093),
                                                   ("# wavelength = 0.050000 Å", 0.05)])  # fmt: skip
 def test_a_filter_or_a_detector_is_no_tube(tmp_path, line, wavelength):
     (tmp_path / "a.xy").write_text(line + "\n" + "".join(f"{x:.2f} {5 + x % 7:.1f}\n" for x in np.arange(10, 80, 0.5)))

@@ -266,7 +266,7 @@ def _header_wavelength(head: list[str]) -> tuple[float | None, dict]:  # Å; ano
         if not keyword: continue
         after, number = line[keyword.end() :], r"(?<![\d.])\d+[.,]\d+(?:e-?\d+)?(?!\d|\s*mm\b)"
         if re.search(r"range|step|beta|ratio|detector|selector|slit", line[: keyword.end()] + re.split(number, after)[0], re.IGNORECASE): continue
-        scale = 10 if re.search(r"\bnm\b", line) else 1e10 if re.search(r"\bm\b", line) else 1
+        scale = 10 if re.search(r"\bnm\b(?!-)", line) else 1e10 if re.search(r"\bm\b", line) else 1
         least, most = (0.01, 10) if says("Å|angstrom") else (0.1, 3)
         values = [v for v in (scale * float(v.replace(",", ".")) for v in re.findall(number, after, re.IGNORECASE)) if least <= v <= most]
         if not values: warnings.warn(f"the wavelength is not understood: {line.strip()[:60]!r}", stacklevel=4)
