@@ -224,6 +224,13 @@ def test_an_index_may_be_smaller_than_what_is_left_of_it(predictor):
     assert table["nearest"].to_list() == [None] and table["space_group_p"].is_finite().all()
 
 
+def test_all_of_its_own_composition_are_compared(predictor):
+    "However many polymorphs a composition has, none is lost to the shortlist."
+    own = torch.arange(5, 25)
+    hits = predictor.index.compare(as_measured_once(), [own], shortlist=3, kept=40)
+    assert set(hits.row[hits.own].tolist()) == set(own.tolist()) and (hits.row[~hits.own] > 0).sum() <= 3
+
+
 def as_measured_once(): return [as_inputs(None, (X, Y), "CuKa")[0].pattern]
 
 

@@ -378,7 +378,7 @@ class Index(NamedTuple):
             similarity = (torch.nn.functional.normalize((moved - self.centre) @ self.projection, dim=2) @ embedding.T).amax(0)
             for i, mine in enumerate(own[begin : begin + 64]):
                 rank = similarity[i].index_fill(0, mine, -math.inf if leave_out else math.inf)
-                rows = rank.topk(min(shortlist, len(rank) - (len(mine) if leave_out else 0))).indices
+                rows = rank.topk(min(shortlist + len(mine), len(rank)) - (len(mine) if leave_out else 0)).indices
                 match = peak_match(Peaks(*(t[i : i + 1] for t in seen)), _place(self.ln_q[rows]), (self.intensity[rows].float() / 255) ** 2)
                 best = match.argsort(descending=True)[:kept]
                 row = rows[best]
