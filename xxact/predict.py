@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PatternLike', 'CASES', 'SYSTEM_OF_GROUP', 'COVERAGE', 'WITHIN', 'AXES', 'KEPT_PEAKS', 'SHORTLIST', 'MOVED',
-           'NEIGHBOURS', 'SHIPPED', 'AS_MEASURED', 'AXIS_STRAIN', 'Input', 'as_inputs', 'batch_inputs', 'Raw', 'ask',
-           'of_systems', 'probabilities', 'fit_case', 'by_chance', 'mix', 'fit_mix', 'spread_of', 'Hits', 'Index',
-           'make_index', 'strongest_peaks', 'peak_match', 'Predictor', 'strain_axes', 'as_measured', 'random_lines',
-           'measured_set', 'formula_of', 'make_predictor', 'read_references', 'score_references', 'score_predictor']
+           'NEIGHBOURS', 'KNOWN_COUNTS', 'SHIPPED', 'AS_MEASURED', 'AXIS_STRAIN', 'Input', 'as_inputs', 'batch_inputs',
+           'Raw', 'ask', 'of_systems', 'probabilities', 'fit_case', 'by_chance', 'mix', 'fit_mix', 'spread_of', 'Hits',
+           'Index', 'make_index', 'strongest_peaks', 'peak_match', 'Predictor', 'strain_axes', 'as_measured',
+           'random_lines', 'measured_set', 'formula_of', 'make_predictor', 'read_references', 'score_references',
+           'score_predictor']
 
 # %% ../nbs/11_predict.ipynb #ef633564
 import json
@@ -274,17 +275,18 @@ def fit_mix(
     space_group: Tensor,  # (n, k) of the materials, 0 where unknown
     lines: Tensor,  # (n,) peaks of the patterns
     truth: Tensor,  # (n,) of the held-out materials, 0 where unknown
+    counts: Tensor,  # (n,) how much each of them counts
 ) -> Tensor:  # (5,) ln of the steepness, what the same composition adds to a match; of the network's logit: constant, surest class, ln lines
     "Fit how much known materials count, by the log loss of space group and crystal system."
     known, weights = truth > 0, torch.tensor([2.5, 0.0, 15.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
-    (*given, lines), label = [t[known].double() for t in (network, match, own, lines)], truth[known].long() - 1
+    (*given, lines, counts), label = [t[known].double() for t in (network, match, own, lines, counts)], truth[known].long() - 1
     optimiser = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimiser.zero_grad()
         group = mix(*given, space_group[known], lines, weights)
         parts = ((group, label), (of_systems(group), SYSTEM_OF_GROUP[label]))
-        value = -sum((p.gather(1, true[:, None]) + 1e-6).log().mean() for p, true in parts)
+        value = -sum(counts @ (p.gather(1, true[:, None])[:, 0] + 1e-6).log() for p, true in parts) / counts.sum()
         value.backward()
         return value
 
@@ -304,7 +306,7 @@ def spread_of(
 
 # %% ../nbs/11_predict.ipynb #8368030d
 KEPT_PEAKS, SHORTLIST, MOVED = 64, 100, 0.03  # peaks of a material, candidates compared by them, ln d by which they are moved
-NEIGHBOURS = 30  # materials that have a say in the symmetry
+NEIGHBOURS, KNOWN_COUNTS = 30, 1.5  # materials that have a say in the symmetry; weight of a held-out material among those of its composition
 _LN_Q_BITS, _FWHM, _STEP = 65535, 0.010, 0.002  # of the kept places; width and step of the compared patterns, ln q
 _COARSE_FWHM, _COARSE_STEP = 0.02, 0.01  # of the embedded patterns, ln q
 
@@ -756,8 +758,9 @@ def make_predictor(
             hits = [index.compare(patterns[:held_out], o, out) for o, out in ((own if composition else None, False), (own, True))]
             both = Hits(*(torch.cat(pair) for pair in zip(*hits, strict=True)))
             told = torch.tensor([len(o) > 0 for o in own] + [True] * held_out)  # one that nobody knows is not counted twice
-            many = _lines(patterns[:held_out]).repeat(2)
-            fitted = fit_mix(*(t[told] for t in (network.repeat(2, 1), both.match, both.own, both.space_group, many, group.repeat(2))))
+            many, counts = _lines(patterns[:held_out]).repeat(2), torch.tensor([KNOWN_COUNTS, 1.0]).repeat_interleave(held_out)
+            of = (network.repeat(2, 1), both.match, both.own, both.space_group, many, group.repeat(2), counts)
+            fitted = fit_mix(*(t[told] for t in of))
             cases[case] |= dict(mix=fitted, least_match=hits[1].match[:, 0].quantile(0.01))
     row = torch.repeat_interleave(torch.arange(len(data)), data.first_element.diff())
     counts = torch.bincount(data.atomic_numbers[torch.isin(row, train)].long() - 1, minlength=103)
