@@ -490,6 +490,7 @@ def plot_attention(
         lines[0, -1].set_title("without a peak; without an element", loc="left", fontsize=7, pad=2)
         change = [here.filter(element=e)["element_effect"][0] for e in symbols]
         lines[1, -1].barh(symbols[::-1], change[::-1], color="0.5", height=0.6); lines[1, -1].axvline(0, color="0.6", lw=0.5)
+        lines[1, -1].locator_params(axis="x", nbins=4)
         for ax in (*lines[:, :-1].flat, lines[0, -1]): ax.set_xlim(5, 90)
         for ax in lines[:, :-1].flat: ax.set_yticks([])
         for ax in lines.flat: ax.tick_params(labelsize=5)
