@@ -595,7 +595,7 @@ def test_a_filter_or_a_detector_is_no_tube(tmp_path, line, wavelength):
         assert abs(read_pattern(tmp_path / "a.xy").wavelength / wavelength - 1) < 2e-3
 
 
-@pytest.mark.parametrize("title", ["Wavevector Q (A-1),Int", "Q / \\AA^-1\tcounts", "Momentum transfer\tI", "Q\tI\nA^-1\ta.u.",
+@pytest.mark.parametrize("title", ["Wavevector Q (A-1),Int", "Wave vector\tI", "Q / \\AA^-1\tcounts", "Momentum transfer\tI", "Q\tI\nA^-1\ta.u.",
                                    "Ni.chi\nQ (A^-1)\nIntensity\n   800", "Ni.chi\nQ Space (Inverse Angstroms)\nIntensity\n   800"])  # fmt: skip
 def test_an_abscissa_that_is_q_in_any_words(tmp_path, title):
     q = np.linspace(0.5, 6, 800)

@@ -136,7 +136,7 @@ _COLUMNS = dict(two_theta=("2theta", "twotheta", "2th", "tth", "2θ", "angle", "
                 q=("q", "qvalue", "q1", "qa1", "q1a", "qinva"), q_nm=("qnm1", "q1nm", "qinvnm"), d=("d", "dspacing", "dvalue", "da"),
                 intensity=("intensity", "int", "i", "counts", "cps", "y", "yobs", "iobs", "obs", "detector"))
 _OTHER = re.compile(r"\b(energy|k?ev|time|omega|chi|phi|sin|rad|radians|scattering|tof|channel|s)\b", re.IGNORECASE)  # that are no 2θ, q or d
-_RECIPROCAL = re.compile(r"""^[\s#'!;/*"]*q($|[\s,;"(\[/])|wave ?vector|momentum|(Å|\ba|angstrom|nm)\s*\)?\s*(\^\s*\{?\s*[-⁻]\s*1|⁻¹)
+_RECIPROCAL = re.compile(r"""^[\s#'!;/*"]*q($|[\s,;"(\[/])|wave[ ]?vector|momentum|(Å|\ba|angstrom|nm)\s*\)?\s*(\^\s*\{?\s*[-⁻]\s*1|⁻¹)
                              |[(\[]\s*\\?(Å|a|angstrom|nm)\s*-1\s*[)\]]|[(\[]\s*1\s*/\s*\\?(Å|a|nm)\w*\s*[)\]]|\b1\s*/\s*(Å|nm)""",
                          re.IGNORECASE | re.VERBOSE)  # that are q
 _Q_SPACE = re.compile(r"q[- ](space|vector)|inverse\s+(nano|ang)|^\W*q\s*[(\[]", re.IGNORECASE)  # as Fit2D says it, some lines above the numbers
