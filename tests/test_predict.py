@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xxact.composition import SYMBOLS, composition_key, parse_formula, split_of
-from xxact.diffraction import LN_Q, Reflections
+from xxact.diffraction import LN_Q, WAVELENGTHS, Reflections
 from xxact.fusion import XxaCT, save_model
 from xxact.materials import CRYSTAL_SYSTEMS, MaterialSet
 from xxact.patterns import Measured, Pattern, as_pattern, to_reflections
@@ -95,7 +95,7 @@ def test_one_or_many_of_any_kind(predictor, tmp_path):
     (None, (X, Y[:9]), "two columns of one length"), (None, (X, 0 * Y), "no intensity is above 0"), (None, "nowhere.xy", "nowhere.xy: no such file"),
     (["NaCl", "KCl"], [(X, Y), "nowhere.xy"], "input 1: nowhere.xy: no such file"),
     (3, None, "formula=3 is no formula"), ({"Na": 1}, None, "is no formula"), ("CaSO4.2H2O", None, "a dot before H2O"),
-    ("NaCl.2H2O", None, "a dot before H2O"), ("MgCl2.6(H2O)", None, "a dot before H2O"),
+    ("NaCl.2H2O", None, "a dot before H2O"), ("Fe3O4@SiO2", None, "'@' joins two materials"), ("MgCl2.6(H2O)", None, "a dot before H2O"),
     (["NaCl", 3], None, "input 1: formula 3 must be text"), (None, 3.5, "pattern=3.5 is no pattern"),
     (None, [(X, Y, X)], "a path, a Pattern, or a pair"), (None, [object()], "a path, a Pattern, or a pair"), (None, (X, None), "numbers|columns"),
     (None, Pattern(X, Y * np.nan, 1.54, {}), "points are numbers"), (None, Pattern(X, Y[:9], 1.54, {}), "two columns of one length"),
@@ -371,7 +371,10 @@ def test_the_command_answers_for_files_and_formulas(weights, predictor, tmp_path
     np.savetxt(good, np.c_[X, Y]), bad.write_text("a story")
     assert main(["predict", str(good), "--formula", "TiO2", "--wavelength", "CuKa", "--weights", weights, "--json"]) == 0
     [row] = json.loads(capsys.readouterr().out)
-    assert row == dict(file=str(good)) | predictor.predict("TiO2", good, "CuKa").to_dicts()[0]
+    assert row == dict(file=str(good), warnings=[], wavelength=WAVELENGTHS["CuKa"]) | predictor.predict("TiO2", good, "CuKa").to_dicts()[0]
+    assert main(["predict", str(good), "--weights", weights, "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert "Cu Kα (1.54184 Å) is taken" in " ".join(row["warnings"]) and row["wavelength"] == WAVELENGTHS["CuKa"]
     assert main(["predict", str(good), str(bad), "--wavelength", "1.5406", "--weights", weights, "--json"]) == 2
     said = capsys.readouterr()
     assert [("error" in r, "no two columns" in r.get("error", "")) for r in json.loads(said.out)] == [(False, False), (True, True)]
@@ -398,7 +401,7 @@ def test_the_command_searches(weights, predictor, table, tmp_path, capsys):
     assert main(["search", *files, "--formula", formula, "--top", "2", "--wavelength", "CuKa", "--weights", weights, "--json"]) == 0
     answers = json.loads(capsys.readouterr().out)
     expected = predictor.search(files[0], formula=formula, top=2, wavelength="CuKa")
-    assert [a["file"] for a in answers] == files
+    assert [a["file"] for a in answers] == files and {a["wavelength"] for a in answers} == {WAVELENGTHS["CuKa"]}
     for a in answers:
         assert [f["material_id"] for f in a["found"]] == expected["material_id"].to_list()
         assert [f["match"] for f in a["found"]] == pytest.approx(expected["match"].to_list(), abs=1e-4)

@@ -54,6 +54,7 @@ def formula_amounts(formula: str) -> dict[str, float]:  # element symbol -> amou
     plain = str(formula).translate(_SUBSCRIPTS)
     parts = re.split(r"\s*[·•∙⋅*]\s*", plain)
     if len(parts) > 1 and all(parts): plain = "".join(re.sub(r"^(\d*\.?\d*)(.+)$", r"(\2)\1", p) for p in parts)
+    if "@" in plain: raise ValueError(f"{formula!r}: '@' joins two materials; write the formula of one")
     if re.search("[DT](?![a-z])", plain): raise ValueError(f"{formula!r}: deuterium and tritium are no elements of their own; write H")
     if re.search(r"\d\.\d*H2O\b|(?:[A-Za-z)\]]|[1-9]\d*)\.\s*\d*\s*\(?\s*(?:H2O|NH3)", plain):
         raise ValueError(f"{formula!r}: a dot before H2O or NH3 could be a decimal sign; write it like 'CaSO4·2H2O'")

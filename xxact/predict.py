@@ -371,21 +371,24 @@ class Index(NamedTuple):
         "Find the materials that look most like each pattern."
         own = own or [torch.empty(0, dtype=torch.int64)] * len(patterns)
         found, embedding = [], self.embedding.float() / 127
-        padded = lambda x: torch.nn.functional.pad(x, (0, kept - len(x)))
-        for begin in range(0, len(patterns), 64):
-            some = patterns[begin : begin + 64]
+        for begin in range(0, len(patterns), 16):
+            some = patterns[begin : begin + 16]
             seen = strongest_peaks(batch_reflections([(p.d_spacing, p.intensity) for p in some]))
             seen = seen._replace(limits=torch.tensor([p.limits for p in some], dtype=torch.float32))
             moved = torch.stack([_coarse(seen.ln_q + s * _COARSE_STEP, seen.intensity) for s in (-1, 0, 1)])
             similarity = (torch.nn.functional.normalize((moved - self.centre) @ self.projection, dim=2) @ embedding.T).amax(0)
-            for i, mine in enumerate(own[begin : begin + 64]):
-                rank = similarity[i].index_fill(0, mine, -math.inf if leave_out else math.inf)
-                rows = rank.topk(min(shortlist + len(mine), len(rank)) - (len(mine) if leave_out else 0)).indices
-                match = peak_match(Peaks(*(t[i : i + 1] for t in seen)), _place(self.ln_q[rows]), (self.intensity[rows].float() / 255) ** 2)
-                best = match.argsort(descending=True)[:kept]
-                row = rows[best]
-                found.append([*map(padded, (row, match[best], similarity[i, row], torch.isin(row, mine), self.space_group[row].long()))])
-        return Hits(*map(torch.stack, zip(*found, strict=True)))
+            mine = torch.zeros_like(similarity, dtype=torch.bool)
+            for of, places in zip(mine, own[begin : begin + 16]): of[places] = True
+            n, of_own = len(embedding), mine.sum(1)
+            many = (n - of_own).clamp(max=shortlist) if leave_out else (shortlist + of_own).clamp(max=n)
+            row = similarity.masked_fill(mine, -math.inf if leave_out else math.inf).topk(int(many.max())).indices
+            there = torch.arange(row.shape[1]) < many[:, None]
+            match = peak_match(seen, _place(self.ln_q[row]), (self.intensity[row].float() / 255) ** 2).masked_fill(~there, -1)
+            match, best = (t[:, :kept] for t in match.sort(descending=True, stable=True))
+            row, there = row.gather(1, best), there.gather(1, best)
+            hits = row, match, similarity.gather(1, row), mine.gather(1, row), self.space_group[row].long()
+            found.append([torch.nn.functional.pad(t * there, (0, kept - t.shape[1])) for t in hits])
+        return Hits(*map(torch.cat, zip(*found, strict=True)))
 
     def save(self, path: str | Path) -> None:
         "Write one safetensors file."
@@ -435,7 +438,7 @@ def _coarse(ln_q: Tensor, intensity: Tensor) -> Tensor:  # (n, points)
 
 def _drawn(ln_q: Tensor, intensity: Tensor, begin: float, step: float, n: int, fwhm: float) -> Tensor:
     row = torch.arange(len(ln_q)).repeat_interleave(ln_q.shape[1])
-    return draw(ln_q.flatten(), intensity.sqrt().flatten(), row, len(ln_q), begin, step, -(-n // 64) * 64, fwhm)[:, :n]  # fast to transform
+    return draw(ln_q.flatten(), intensity.sqrt().flatten(), row, len(ln_q), begin, step, n, fwhm)
 
 
 def strongest_peaks(r: Reflections) -> Peaks:
@@ -446,22 +449,23 @@ def strongest_peaks(r: Reflections) -> Peaks:
 
 
 def peak_match(
-    query: Peaks,  # of one pattern
-    ln_q: Tensor,  # (n, k) of candidates
-    intensity: Tensor,  # (n, k), 0 is padding
-) -> Tensor:  # (n,) 0 to 1
+    query: Peaks,  # of n patterns
+    ln_q: Tensor,  # (n, m, k) of each pattern's candidates, as many places as the query has
+    intensity: Tensor,  # (n, m, k), 0 is padding
+) -> Tensor:  # (n, m) 0 to 1
     "How well peaks agree within the query's range: the largest cosine of the √-intensity patterns, moved against each other."
-    low, high = query.limits[0].tolist()
-    n, shifts = math.ceil((high - low) / _STEP), round(MOVED / _STEP)
-    if not len(ln_q): return torch.empty(0)
-    k = max(query.ln_q.shape[1], ln_q.shape[1])
-    pairs = (query.ln_q, ln_q), (query.intensity, intensity)
-    lines = (torch.cat([torch.nn.functional.pad(t, (0, k - t.shape[1])) for t in pair]) for pair in pairs)
-    mine, others = _drawn(*lines, low, _STEP, n, _FWHM).tensor_split([1])
-    mine = mine[0]
-    padded = torch.nn.functional.pad(mine, (shifts, shifts)).unfold(0, n, 1)  # (2 shifts + 1, n)
+    low, high = query.limits.T
+    n, shifts, beyond = ((high - low) / _STEP).ceil(), round(MOVED / _STEP), math.ceil(3 * _FWHM / _STEP)
+    size = int(n.max()) + beyond  # peaks beyond the range reach into it
+    within = torch.arange(size) < n[:, None]
+    place, height = (torch.cat([mine[:, None], others], 1) for mine, others in ((query.ln_q, ln_q), (query.intensity, intensity)))
+    drawn = _drawn((place - low[:, None, None]).flatten(0, 1), height.flatten(0, 1), 0.0, _STEP, size, _FWHM).view(*place.shape[:2], size)
+    drawn = drawn * within[:, None]
+    mine, others = drawn[:, 0], drawn[:, 1:]
+    moved = torch.nn.functional.pad(mine, (shifts, shifts)).unfold(1, size, 1) * within[:, None]  # (n, 2 shifts + 1, size)
     norm = lambda t: t.norm(dim=-1).clamp(min=1e-9)
-    return ((others @ padded.T) / (norm(others)[:, None] * norm(padded))).amax(1)
+    return ((others @ moved.mT) / (norm(others)[..., None] * norm(moved)[:, None])).amax(2)
+
 
 # %% ../nbs/11_predict.ipynb #9b38b7e5
 SHIPPED = Path(__file__).parent / "weights" if "__file__" in globals() else Path("xxact/weights")

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -1172,28 +1172,34 @@ def _add_question(p: argparse.ArgumentParser) -> None:
 def _one_by_one(
     files: Sequence[Path],
     work: Callable[[Path], object],  # raises ValueError or OSError
-) -> dict[Path, object]:  # what came of each, its exception where it failed
+) -> tuple[dict[Path, object], dict[Path, list[str]]]:  # what came of each, its exception where it failed; the warnings of each
     "Work through files; one that fails is told in a line, and does not stop the others."
     from tqdm import tqdm
     say = lambda text: tqdm.write(_shown(f"xxact: {' '.join(str(text).split())}"), file=sys.stderr)
-    done: dict[Path, object] = {}
+    done, warned = {}, defaultdict(list)
+
+    def warn(message: Warning, *rest: object) -> None:
+        warned[file].append(" ".join(str(message).split()))
+        say(message if str(file) in str(message) else f"{file}: {message}")
+
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *rest: say(message if str(file) in str(message) else f"{file}: {message}")
+        warnings.showwarning = warn
         for file in tqdm(files, unit="file", leave=False, disable=None if len(files) > 1 else True):
             try: done[file] = work(file)
             except (ValueError, OSError) as e: done[file] = e; say(e)
     if len(done) > 1 and (failed := sum(isinstance(r, Exception) for r in done.values())): say(f"{failed} of {len(done)} files failed")
-    return done
+    return done, warned
 
 
 def _status(done: dict[Path, object]) -> int: return 2 if any(isinstance(r, Exception) for r in done.values()) else 0
 
 
-def _answers(done: dict[Path, object]) -> str:
+def _answers(done: dict[Path, object], warned: dict[Path, list[str]]) -> str:
     "Tables of answers, or what was wrong, as JSON."
     finite = lambda r: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
-    rows = [dict(file=f and _shown(f)) | (dict(error=str(r)) if isinstance(r, Exception) else finite(r)) for f, r in done.items()]
+    rows = [dict(file=f and _shown(f), warnings=warned.get(f, [])) | (dict(error=str(r)) if isinstance(r, Exception) else finite(r))
+            for f, r in done.items()]
     return _shown(json.dumps(rows, indent=1, ensure_ascii=False))
 
 
@@ -1202,8 +1208,10 @@ def _shown(path: object) -> str:
     return os.fsencode(str(path)).decode("utf-8", "replace")
 
 
-def _reflections(file: Path, a: argparse.Namespace) -> Measured:
-    try: return to_reflections(read_pattern(file, a.wavelength, a.unit), strip_kalpha2=dict(auto=None, strip=True, keep=False)[a.kalpha2])
+def _reflections(file: Path, a: argparse.Namespace) -> tuple[Measured, dict]:  # and the wavelength (Å) that was used
+    try:
+        scan = read_pattern(file, a.wavelength, a.unit)
+        return to_reflections(scan, strip_kalpha2=dict(auto=None, strip=True, keep=False)[a.kalpha2]), dict(wavelength=scan.wavelength)
     except ValueError as e: raise ValueError(str(e) if str(e).startswith(str(file)) else f"{file}: {e}") from e
 
 
@@ -1219,9 +1227,13 @@ def _predict(a: argparse.Namespace) -> int:
     from xxact.predict import Predictor
     if not (a.files or a.formula): raise ValueError("give a file, --formula, or both")
     predictor = Predictor.load(a.weights)
-    if a.files: done = _one_by_one(a.files, lambda f: predictor.predict(a.formula, _reflections(f, a)).to_dicts()[0])
-    else: done = {None: predictor.predict(a.formula).to_dicts()[0]}
-    if a.json: print(_answers(done))
+
+    def answer(file: Path) -> dict:
+        pattern, radiation = _reflections(file, a)
+        return radiation | predictor.predict(a.formula, pattern).to_dicts()[0]
+
+    done, warned = _one_by_one(a.files, answer) if a.files else ({None: predictor.predict(a.formula).to_dicts()[0]}, {})
+    if a.json: print(_answers(done, warned))
     else:
         rows = []
         for file, r in done.items():
@@ -1238,17 +1250,23 @@ def _predict(a: argparse.Namespace) -> int:
 
 
 def _search(a: argparse.Namespace) -> int:
+    import polars as pl
     from xxact.predict import Predictor, make_index
     predictor = Predictor.load(a.weights)
     elements = None if a.elements is None else split_list(a.elements)
     candidates = make_index(read_table(a.candidates)) if a.candidates else None
-    done = _one_by_one(a.files, lambda f: predictor.search(_reflections(f, a), candidates, a.formula, elements, a.top))
-    if a.json: print(_answers({f: r if isinstance(r, Exception) else dict(found=r.to_dicts()) for f, r in done.items()}))
+
+    def answer(file: Path) -> dict:
+        pattern, radiation = _reflections(file, a)
+        return radiation | dict(found=predictor.search(pattern, candidates, a.formula, elements, a.top).to_dicts())
+
+    done, warned = _one_by_one(a.files, answer)
+    if a.json: print(_answers(done, warned))
     else:
-        for file, found in done.items():
-            if isinstance(found, Exception): continue
+        for file, r in done.items():
+            if isinstance(r, Exception): continue
             if len(done) > 1: print(f"{_shown(file)}:")
-            _print_table(found)
+            _print_table(pl.DataFrame(r["found"]))
     return _status(done)
 
 
@@ -1262,7 +1280,7 @@ def _convert(a: argparse.Namespace) -> int:
         target = folder / f"{file.stem if names[folder, file.stem] == 1 else file.name}.xy"
         write_pattern(read_pattern(file, a.wavelength, a.unit), target)
         tqdm.write(_shown(target))
-    return _status(_one_by_one(a.files, convert))
+    return _status(_one_by_one(a.files, convert)[0])
 
 
 def _page(a: argparse.Namespace) -> int:
