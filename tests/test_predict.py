@@ -34,6 +34,7 @@ from xxact.predict import (
     mix,
     of_systems,
     probabilities,
+    random_lines,
     read_references,
     spread_of,
     strain_axes,
@@ -229,6 +230,21 @@ def test_all_of_its_own_composition_are_compared(predictor):
     own = torch.arange(5, 25)
     hits = predictor.index.compare(as_measured_once(), [own], shortlist=3, kept=40)
     assert set(hits.row[hits.own].tolist()) == set(own.tolist()) and (hits.row[~hits.own] > 0).sum() <= 3
+
+
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_patterns_are_compared_one_by_one_or_together(predictor, leave_out):
+    "What stands beside a pattern changes nothing, whatever its range and how many materials have its composition."
+    rng, whole = np.random.default_rng(0), as_measured_once()[0]
+    ends = [whole.limits, (LN_Q[0], LN_Q[0] + 1), (whole.limits[0] + 0.3, LN_Q[1]), whole.limits]
+    patterns = [random_lines(whole._replace(limits=e), rng) for e in ends] * 5
+    own = [torch.arange(n % 7) for n in range(len(patterns))]
+    kept = len(predictor.index.formula) + 5
+    together = predictor.index.compare(patterns, own, leave_out, kept=kept)
+    for i, (one, of) in enumerate(zip(patterns, own)):
+        alone = predictor.index.compare([one], [of], leave_out, kept=kept)
+        torch.testing.assert_close(together.match[i], alone.match[0], atol=1e-5, rtol=0)
+        assert set(together.row[i][together.own[i]].tolist()) == (set() if leave_out else set(of.tolist()))
 
 
 def as_measured_once(): return [as_inputs(None, (X, Y), "CuKa")[0].pattern]

@@ -454,15 +454,15 @@ def peak_match(
     intensity: Tensor,  # (n, m, k), 0 is padding
 ) -> Tensor:  # (n, m) 0 to 1
     "How well peaks agree within the query's range: the largest cosine of the √-intensity patterns, moved against each other."
-    low, high = query.limits.T
-    n, shifts, beyond = ((high - low) / _STEP).ceil(), round(MOVED / _STEP), math.ceil(3 * _FWHM / _STEP)
-    size = int(n.max()) + beyond  # peaks beyond the range reach into it
-    within = torch.arange(size) < n[:, None]
+    low, high = query.limits.T[:, :, None, None]
+    n, shifts = ((high - low) / _STEP).ceil(), round(MOVED / _STEP)
+    size = int(n.max())
+    within = torch.arange(size) < n
     place, height = (torch.cat([mine[:, None], others], 1) for mine, others in ((query.ln_q, ln_q), (query.intensity, intensity)))
-    drawn = _drawn((place - low[:, None, None]).flatten(0, 1), height.flatten(0, 1), 0.0, _STEP, size, _FWHM).view(*place.shape[:2], size)
-    drawn = drawn * within[:, None]
+    seen = height * ((place >= low) & (place < low + (n - 1) * _STEP))
+    drawn = _drawn((place - low).flatten(0, 1), seen.flatten(0, 1), 0.0, _STEP, size, _FWHM).view(*place.shape[:2], size) * within
     mine, others = drawn[:, 0], drawn[:, 1:]
-    moved = torch.nn.functional.pad(mine, (shifts, shifts)).unfold(1, size, 1) * within[:, None]  # (n, 2 shifts + 1, size)
+    moved = torch.nn.functional.pad(mine, (shifts, shifts)).unfold(1, size, 1) * within  # (n, 2 shifts + 1, size)
     norm = lambda t: t.norm(dim=-1).clamp(min=1e-9)
     return ((others @ moved.mT) / (norm(others)[..., None] * norm(moved)[:, None])).amax(2)
 
