@@ -624,7 +624,7 @@ def background(
 ) -> np.ndarray:  # (k,)
     "The background under the peaks (SNIP)."
     from pybaselines import Baseline
-    n, k = len(intensity), max(1, round(reach / step) // 10)  # so smooth a curve needs no more than ten to twenty points within its reach
+    n, k = len(intensity), max(1, round(reach / step) // 12)  # so smooth a curve needs no more than a dozen points within its reach
     coarse = intensity[: n // k * k].reshape(-1, k).mean(1)
     window = min(max(2, round(reach / step / k)), (len(coarse) - 1) // 2)
     base = Baseline().snip(coarse, max_half_window=window, decreasing=True, smooth_half_window=max(1, round(0.05 / step / k)))[0]
