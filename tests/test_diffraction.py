@@ -14,7 +14,7 @@ from pymatgen.analysis.diffraction.xrd import XRDCalculator
 from pymatgen.core import Lattice, Structure
 
 from xxact.diffraction import (LN_Q, MEASUREMENTS, N_PEAKS, N_WINDOWS, NARROWEST, TWO_THETA, WAVELENGTHS, WINDOW, Augmentation, Crystal,
-                               Measurement, Reflections, batch_reflections, crystal_reflections, draw_measurement, hide, lorentz_polarisation,
+                               Measurement, Reflections, batch_reflections, crystal_reflections, draw, draw_measurement, hide, lorentz_polarisation,
                                observe, peak_shape, peaks, perturb, reflections, render, structure_reflections, to_grid, two_theta_of,
                                window_pattern)
 from xxact.reproduce import main
@@ -198,6 +198,18 @@ def test_a_pattern_is_the_sum_of_its_peaks(seed):
     exact = written_out(r, m, x, float(x[1] - x[0]))
     assert (y[0] - exact).abs().max() < 0.02 * exact.max()
     assert abs(float(y.sum() / exact.sum()) - 1) < 0.01
+
+
+@pytest.mark.parametrize("fwhm, step", [(0.1, 0.02), (0.02, 0.01)])
+def test_what_leaves_one_end_of_the_grid_does_not_come_in_at_the_other(fwhm, step):
+    "A peak at an end is half a Gaussian; one outside is not there."
+    n, grid = 300, step * np.arange(300)
+    zero = lambda m: torch.zeros(m, dtype=torch.int64)
+    alone = lambda *at: draw(torch.tensor(at, dtype=torch.float32), torch.ones(len(at)), zero(len(at)), 1, 0.0, step, n, fwhm)[0].numpy()
+    for at in (0.0, (n - 1) * step):
+        exact = np.exp(-4 * np.log(2) * ((grid - at) / fwhm) ** 2) * 2 * np.sqrt(np.log(2) / np.pi) / fwhm
+        np.testing.assert_allclose(alone(at), exact, atol=0.02 * exact.max())
+    assert (alone(-2 * step, (n + 1) * step) == 0).all()
 
 
 @given(st.floats(8, 85), st.integers(0, 10**6))

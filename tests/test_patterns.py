@@ -297,6 +297,8 @@ def test_bombs_stay_small(tmp_path):
     for name in ("bomb.rasx", "bomb.brml"):
         with pytest.raises(ValueError, match=f"{name}: .*unpacks to more than 8 MB"):
             read_pattern(tmp_path / name)
+    (tmp_path / "long.brml").write_bytes(zipped({"RawData0.xml": "<a/>"}) + bytes(9 << 20))  # as one with a hundred thousand members
+    with pytest.raises(ValueError, match="long.brml: is larger than 8 MB"): read_pattern(tmp_path / "long.brml")
     assert tracemalloc.get_traced_memory()[1] < 250e6
     tracemalloc.stop()
 
@@ -475,6 +477,14 @@ def test_a_long_scan_is_averaged_and_a_short_one_is_not():
     np.testing.assert_allclose(x, X), np.testing.assert_allclose(y, Y)
     x, y, step = even_grid(p, 30)
     assert len(x) <= 30 and abs(y.mean() / Y.mean() - 1) < 0.05 and abs(step - np.ptp(X) / 30) < 1e-9
+
+
+def test_a_level_below_zero_takes_no_peak_away():
+    x = np.linspace(10, 80, 3501)
+    y = 50 + sum(1000 * np.exp(-(((x - c) / 0.08) ** 2)) for c in (27.4, 36.1, 54.3)) + np.random.default_rng(0).normal(0, 3, len(x))
+    found = [find_peaks(Pattern(x, y - level, WAVELENGTHS["CuKa1"]))[0] for level in (0, 60, 950, 1045)]
+    for places in found:
+        for c in (27.4, 36.1, 54.3): assert np.abs(places - c).min() < 0.01
 
 
 def test_files_of_any_format_become_columns(tmp_path, capsys):

@@ -1,5 +1,6 @@
 "Predictor: what comes in, calibration that holds on other materials, retrieval, and one line for what cannot be read."
 
+import io
 import json
 import os
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xxact.composition import SYMBOLS, composition_key, parse_formula, split_of
-from xxact.diffraction import LN_Q, WAVELENGTHS, Reflections
+from xxact.diffraction import LN_Q, WAVELENGTHS, Peaks, Reflections
 from xxact.fusion import XxaCT, save_model
 from xxact.materials import CRYSTAL_SYSTEMS, MaterialSet
 from xxact.patterns import Measured, Pattern, as_pattern, to_reflections
 from xxact.predict import (
     AXIS_STRAIN,
     CASES,
+    KEPT_PEAKS,
     SYSTEM_OF_GROUP,
     Index,
     Input,
@@ -33,9 +35,11 @@ from xxact.predict import (
     measured_set,
     mix,
     of_systems,
+    peak_match,
     probabilities,
     random_lines,
     read_references,
+    score_references,
     spread_of,
     strain_axes,
 )
@@ -247,6 +251,26 @@ def test_patterns_are_compared_one_by_one_or_together(predictor, leave_out):
         assert set(together.row[i][together.own[i]].tolist()) == (set() if leave_out else set(of.tolist()))
 
 
+def test_the_match_of_peaks_is_a_cosine_of_what_both_show():
+    "Gaussians of √-intensity, moved against each other; lines beyond the measured range do not count."
+    rng, k, fwhm, step = np.random.default_rng(1), KEPT_PEAKS, 0.01, 0.002
+    low, high = LN_Q[0] + 0.4, LN_Q[1] - 0.5
+    mine, theirs = np.sort(rng.uniform(low + 0.05, high - 0.05, k)), np.sort(rng.uniform(*LN_Q, (5, k)), 1)
+    theirs[0] = mine + 0.012  # the same, a little larger
+    heights, others = rng.uniform(0.1, 1, k), rng.uniform(0.1, 1, (5, k))
+    others[0] = heights
+    tensor = lambda x: torch.tensor(x, dtype=torch.float32)[None]
+    found = peak_match(Peaks(tensor(mine), tensor(heights), tensor((low, high))), tensor(theirs), tensor(others))[0]
+    x = np.arange(low, high, step)
+    drawn = lambda at, y: (np.sqrt(y) * np.exp(-4 * np.log(2) * ((x[:, None] - at) / fwhm) ** 2)) @ ((at >= low) & (at < high - step))
+    cosine = lambda a, b: a @ b / np.sqrt((a @ a) * (b @ b))
+    for i in range(5):
+        of = drawn(theirs[i], others[i])
+        best = max(cosine(drawn(mine + s * step, heights), of) for s in range(-15, 16))
+        assert found[i] == pytest.approx(best, abs=0.02), i
+    assert found[0] > 0.98 > 0.8 > found[1:].max()
+
+
 def as_measured_once(): return [as_inputs(None, (X, Y), "CuKa")[0].pattern]
 
 
@@ -263,6 +287,14 @@ def test_what_is_missing_of_a_predictor(predictor, tmp_path):
     (tmp_path / "index.safetensors").unlink()
     with pytest.raises(ValueError, match="index.safetensors.* is missing"): Predictor.load(tmp_path)
     with pytest.raises(ValueError, match="path='' must be a folder"): Predictor.load("")
+
+
+@pytest.mark.skipif(not os.environ.get("XXACT_REAL_DATA"), reason="set XXACT_REAL_DATA to the folder of real data")
+def test_the_card_says_what_the_shipped_files_do():
+    shipped, folder = Predictor.load(), Path(os.environ["XXACT_REAL_DATA"]) / "xrd"
+    said = shipped.card["measured"]["RRUFF A"]
+    found = score_references(shipped, *read_references(folder))["RRUFF A"]
+    assert found == pytest.approx(said, abs=0.015)  # two of 155 patterns, on another processor
 
 
 def test_combs_are_not_like_the_training_data(predictor):
@@ -395,6 +427,8 @@ def test_the_command_answers_for_files_and_formulas(weights, predictor, tmp_path
     said = capsys.readouterr()
     assert [("error" in r, "no two columns" in r.get("error", "")) for r in json.loads(said.out)] == [(False, False), (True, True)]
     assert said.err.count("bad.xy") == 1 and "1 of 2 files failed" in said.err
+    assert main(["predict", str(good), str(good), "--weights", weights, "--json"]) == 0  # as many answers as files
+    assert [len(r["warnings"]) for r in json.loads(capsys.readouterr().out)] == [1, 1]
     assert main(["predict", "--formula", "TiO2", "--weights", weights, "--json"]) == 0
     [row] = json.loads(capsys.readouterr().out)
     assert row["file"] is None and row["nearest"] is None
@@ -408,6 +442,16 @@ def test_the_command_answers_for_files_and_formulas(weights, predictor, tmp_path
     assert main(["predict", "--formula", "TiO2", "--weights", weights]) == 0
     said = capsys.readouterr().out
     assert "crystal system" in said and "volume (Å³/atom)" in said and "±" in said
+
+
+def test_a_terminal_that_has_no_greek_letters(weights, tmp_path, monkeypatch):
+    np.savetxt(tmp_path / "a.xy", np.c_[X, Y])
+    for options in ([], ["--json"]):
+        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr("sys.stdout", out), monkeypatch.setattr("sys.stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        assert main(["predict", str(tmp_path / "a.xy"), "--weights", weights, *options]) == 0
+        said = out.buffer.getvalue().decode("ascii")
+    assert "Cu Kα" in json.loads(said)[0]["warnings"][0]
 
 
 def test_the_command_searches(weights, predictor, table, tmp_path, capsys):

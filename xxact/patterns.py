@@ -527,7 +527,7 @@ def _read(path: Path) -> Scan:
     if not head.strip(): raise ValueError("is empty")
     whole = lambda: _limited(path).read_bytes()
     if head.startswith((b"PK\3\4", b"PK\5\6")):
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(_limited(path)) as archive:
             return (_read_rasx if any(re.search(r"Profile\d+\.txt$", n) for n in archive.namelist()) else _read_brml)(archive)
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")): raise ValueError("is compressed; unpack it first")
     if head.startswith(b"RAW4.00"): return _read_raw4(whole())
@@ -599,7 +599,7 @@ def write_pattern(
     head = "".join(f"# {k} = {v:.6f} Å\n" for k, v in lines.items()) + "# 2theta (deg) intensity\n"
     body = (f"{x:.6f} {y:.8g}\n" for x, y in zip(p.two_theta, p.intensity, strict=True))
     try:
-        with Path(path).open("x") as f: f.writelines(chain([head], body))
+        with Path(path).open("x", encoding="utf-8") as f: f.writelines(chain([head], body))
     except FileExistsError: raise ValueError(f"{path} exists already") from None
 
 # %% ../nbs/02_patterns.ipynb #5f63f9ba
@@ -691,12 +691,12 @@ def find_peaks(
         if strip_kalpha2 or "kalpha2" in p.metadata or shows_kalpha2(x, y, shift): y = without_kalpha2(x, y, shift)
     rough = _above(y, step)
     strong, _ = maxima(rough, height=0.2 * rough.max(), distance=max(1, round(0.3 / step)))
-    if not len(strong) or rough.max() < 1e-6 * np.abs(y).max(): raise ValueError("no peak stands out of the pattern")
+    if not len(strong) or rough.max() < 1e-6 * np.abs(y).max(): raise ValueError("no peak stands out; is it a scan in small steps?")
     width = float(np.median(peak_widths(rough, strong)[0]))  # steps
     net, sigma = y - background(y, step, max(0.2, 1.5 * width * step)) if remove_background else y, max(0.8, 0.6 * width / 2.355)
     s, smoothed = smooth(net, sigma), smooth(y, sigma)
     level = smoothed.clip(0)
-    usual = max(np.median(level), 0.02 * level.max())
+    usual = max(np.median(level), 0.02 * level.max()) or 1.0  # where a background was subtracted, nothing may be above 0
     lost, kept = 1 - 1 / (math.sqrt(math.pi) * sigma), 1 / math.sqrt(2 * math.sqrt(math.pi) * sigma)  # of the noise, by smoothing
     noise = 1.4826 * np.median(np.abs(y - smoothed)) / math.sqrt(lost) * kept * np.sqrt(level.clip(usual) / usual)
     at, _ = maxima(s, height=np.maximum(detection * noise, 2e-3 * s.max()))

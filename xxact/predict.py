@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .composition import SYMBOLS, composition_key, parse_formula
+from .composition import ATOMIC_NUMBER, SYMBOLS, amounts_key, composition_key, formula_amounts, parse_formula
 from xxact.diffraction import (
     CU_KA,
     LN_Q,
@@ -350,7 +350,8 @@ class Index(NamedTuple):
 
     def of(self, formula: str) -> Tensor:  # places
         "Materials of a composition."
-        key, rows = composition_key(formula), self.holds(parse_formula(formula)[0].tolist()).nonzero().squeeze(1)
+        amounts = formula_amounts(formula)
+        key, rows = amounts_key(amounts), self.holds([ATOMIC_NUMBER[e] for e in amounts]).nonzero().squeeze(1)
         same = {f for f in {self.formula[row] for row in rows.tolist()} if composition_key(f) == key}
         return rows[torch.tensor([self.formula[row] in same for row in rows.tolist()], dtype=torch.bool)]
 
@@ -383,7 +384,9 @@ class Index(NamedTuple):
             many = (n - of_own).clamp(max=shortlist) if leave_out else (shortlist + of_own).clamp(max=n)
             row = similarity.masked_fill(mine, -math.inf if leave_out else math.inf).topk(int(many.max())).indices
             there = torch.arange(row.shape[1]) < many[:, None]
-            match = peak_match(seen, _place(self.ln_q[row]), (self.intensity[row].float() / 255) ** 2).masked_fill(~there, -1)
+            parts = row.split(2048 // len(some), 1)  # however many, in bounded memory
+            match = torch.cat([peak_match(seen, _place(self.ln_q[r]), (self.intensity[r].float() / 255) ** 2) for r in parts], 1)
+            match = match.masked_fill(~there, -1)
             match, best = (t[:, :kept] for t in match.sort(descending=True, stable=True))
             row, there = row.gather(1, best), there.gather(1, best)
             hits = row, match, similarity.gather(1, row), mine.gather(1, row), self.space_group[row].long()
@@ -455,7 +458,7 @@ def peak_match(
 ) -> Tensor:  # (n, m) 0 to 1
     "How well peaks agree within the query's range: the largest cosine of the √-intensity patterns, moved against each other."
     low, high = query.limits.T[:, :, None, None]
-    n, shifts = ((high - low) / _STEP).ceil(), round(MOVED / _STEP)
+    n, shifts = ((high - low) / _STEP).ceil().clamp(min=1), round(MOVED / _STEP)
     size = int(n.max())
     within = torch.arange(size) < n
     place, height = (torch.cat([mine[:, None], others], 1) for mine, others in ((query.ln_q, ln_q), (query.intensity, intensity)))
@@ -495,7 +498,7 @@ class Predictor:
         folder = Path(path or SHIPPED)
         if not (folder / "model.safetensors").exists():
             raise ValueError(f"{folder} holds no predictor: model, calibration (safetensors) and card.json, which `xxact ship` makes")
-        try: flat, card = load_file(folder / "calibration.safetensors"), json.loads((folder / "card.json").read_text())
+        try: flat, card = load_file(folder / "calibration.safetensors"), json.loads((folder / "card.json").read_text(encoding="utf-8"))
         except (SafetensorError, OSError, json.JSONDecodeError) as e: raise ValueError(f"{folder} holds no complete predictor: {e}") from e
         cases: dict[str, dict[str, Tensor]] = {}
         for name, tensor in flat.items():
@@ -524,7 +527,7 @@ class Predictor:
         save_model(self.model, folder / "model.safetensors")
         flat = {f"{case}.{k}": v for case, fitted in self.cases.items() for k, v in fitted.items()}
         save_file(flat | dict(elements=self.elements), folder / "calibration.safetensors")
-        (folder / "card.json").write_text(json.dumps(self.card, indent=1, ensure_ascii=False) + "\n")
+        (folder / "card.json").write_text(json.dumps(self.card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if self.index: self.index.save(folder / "index.safetensors")
         for file in folder.glob("*.safetensors"): file.chmod(0o644)  # safetensors writes for its owner only
 

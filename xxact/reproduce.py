@@ -26,12 +26,12 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -41,14 +41,14 @@ from torch import Tensor
 
 import xxact
 from . import __version__
-from .composition import SPLITS, composition_hash, composition_key
+from .composition import ATOMIC_NUMBER, SPLITS, composition_hash, composition_key, parse_formula
 from .diffraction import AUGMENTATIONS, window_pattern
 from .encoders import TOKENISERS
 from .evaluate import dummy, retrieval, scores
 from .fusion import FUSIONS, SIZES, XxaCT, choose, load_model, save_model, start_from
 from .materials import TARGETS, MaterialSet, read_table
 from .mxm import TrivialPredictors, hide_windows, window_errors
-from .patterns import Measured, read_pattern, to_reflections, write_pattern
+from .patterns import UNITS, Measured, as_wavelength, read_pattern, to_reflections, write_pattern
 from .predict import Predictor, make_index, make_predictor, measured_set, read_references, score_predictor, score_references
 from .trainer import RECIPE, Predictions, Pretraining, Supervised, draws, pick_device, predict, read_log, run_id, train, write_whole
 
@@ -600,7 +600,7 @@ def ship(
     known: str = "",  # sources of the index of known materials; empty: all
     leave_out: Sequence[str | Path] = (),  # Parquet tables whose compositions (column `formula`) must not be trained on
     references: str | Path | None = None,  # folder of measured patterns of known minerals to score on, see `read_references`; they are left out too
-    weights: str | Path | None = None,  # folder of a predictor whose model is taken, calibrated and indexed anew; None: one is trained
+    weights: str | Path | None = None,  # folder of a predictor to calibrate anew, its index kept if of the same materials; None: train one
     size: str = "small",
     copies: int = 4,  # drawn patterns of each training material
     epochs: int = 2,  # over all these
@@ -651,7 +651,8 @@ def ship(
         made = {k: run.results[k] for k in ("hardware", "versions", "commit")}  # which may have been made before
         training = dict(data=patterns, command=said, run=run.id, **made, left_out=sorted({composition_key(f) for f in formulas}))
     known_materials = load_table(dataset, known)
-    predictor = make_predictor(model, data, make_index(known_materials), workers=workers)
+    kept = before.index if weights and before.index and before.index.material_id == known_materials["material_id"].to_list() else None
+    predictor = make_predictor(model, data, kept or make_index(known_materials), workers=workers)
     sources = sorted(set(df["source"]))
     predictor.card |= dict(
         training=training, calibration=dict(command=said, **provenance()),
@@ -1015,7 +1016,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                    help="a Parquet table with a column `formula` of materials that will score the predictor and must not train it (can be repeated)")
     p.add_argument("--references", metavar="FOLDER", type=_path,
                    help="measured patterns of known minerals (rruff.parquet, rockjock.parquet) to score on, left out of the training too")
-    p.add_argument("--weights", metavar="FOLDER", type=_path, help="calibrate and index the model in this folder anew, rather than train one")
+    p.add_argument("--weights", metavar="FOLDER", type=_path, help="calibrate the model in this folder anew, rather than train one")
     p.add_argument("--size", default="small", help="nano, small, base or large (default: small)")
     p.add_argument("--copies", type=int, default=4, help="drawn patterns of each training material (default: 4)")
     p.add_argument("--epochs", type=int, default=2, help="over all these patterns (default: 2)")
@@ -1042,6 +1043,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--profile", default="smoke", help="a section of settings.ini (default: smoke)")
     commands.add_parser("docs", help="render README and notebooks as a site that opens from disk: _docs/index.html")
     commands.add_parser("readme", help="fill the generated blocks of README.md")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")  # a Greek letter must not stop what a terminal cannot show
     a, rest = parser.parse_known_args(arguments)
     if rest and (a.command != "reproduce" or any(r.startswith("-") for r in rest)): parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if a.command == "reproduce": a.parameters += rest  # NAME=VALUE may stand between options
@@ -1158,7 +1161,7 @@ def _ship(a: argparse.Namespace) -> int:
 
 def _add_scan(p: argparse.ArgumentParser) -> None:
     p.add_argument("--wavelength", metavar="Å", help="of files that do not say it: a number, or a line like CuKa (default: CuKa)")
-    p.add_argument("--unit", help="of the first column, where the file does not say it: two_theta, q, q_nm or d (default: two_theta)")
+    p.add_argument("--unit", choices=UNITS, help="of the first column, where the file does not say it (default: two_theta)")
 
 
 def _add_question(p: argparse.ArgumentParser) -> None:
@@ -1166,41 +1169,52 @@ def _add_question(p: argparse.ArgumentParser) -> None:
     p.add_argument("--kalpha2", choices=("auto", "strip", "keep"), default="auto",
                    help="strip Kα2 in any case, or keep it (default: strip it where the file names it, or the wavelength is a tube's mean)")
     p.add_argument("--weights", metavar="FOLDER", type=_path, help="what `xxact ship` made (default: the weights in the package)")
-    p.add_argument("--json", action="store_true", help="for programs")
+    p.add_argument("--json", action="store_true", help="for programs: a list with an answer a file, its wavelength (Å) and warnings, or its error")
+
+
+class _Done(NamedTuple):
+    "What came of a file."
+
+    file: Path | None
+    result: dict | None  # None where it failed, or where there is nothing to tell
+    error: str | None = None
+    warnings: Sequence[str] = ()
 
 
 def _one_by_one(
     files: Sequence[Path],
-    work: Callable[[Path], object],  # raises ValueError or OSError
-) -> tuple[dict[Path, object], dict[Path, list[str]]]:  # what came of each, its exception where it failed; the warnings of each
+    work: Callable[[Path], dict | None],  # raises ValueError or OSError
+) -> list[_Done]:
     "Work through files; one that fails is told in a line, and does not stop the others."
     from tqdm import tqdm
-    say = lambda text: tqdm.write(_shown(f"xxact: {' '.join(str(text).split())}"), file=sys.stderr)
-    done, warned = {}, defaultdict(list)
+    done: list[_Done] = []
 
-    def warn(message: Warning, *rest: object) -> None:
-        warned[file].append(" ".join(str(message).split()))
-        say(message if str(file) in str(message) else f"{file}: {message}")
+    def say(said: object) -> str:
+        line = " ".join(str(said).split())
+        tqdm.write(_shown(f"xxact: {line if line.startswith(f'{file}: ') else f'{file}: {line}'}"), file=sys.stderr)
+        return line
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = warn
+        warnings.showwarning = lambda message, *rest: warned.append(say(message))
         for file in tqdm(files, unit="file", leave=False, disable=None if len(files) > 1 else True):
-            try: done[file] = work(file)
-            except (ValueError, OSError) as e: done[file] = e; say(e)
-    if len(done) > 1 and (failed := sum(isinstance(r, Exception) for r in done.values())): say(f"{failed} of {len(done)} files failed")
-    return done, warned
+            warned: list[str] = []
+            try: done.append(_Done(file, work(file), warnings=warned))
+            except (ValueError, OSError) as e: done.append(_Done(file, None, say(e), warned))
+    failed = sum(d.error is not None for d in done)
+    if failed and len(done) > 1: tqdm.write(f"xxact: {failed} of {len(done)} files failed", file=sys.stderr)
+    return done
 
 
-def _status(done: dict[Path, object]) -> int: return 2 if any(isinstance(r, Exception) for r in done.values()) else 0
+def _status(done: list[_Done]) -> int: return 2 if any(d.error for d in done) else 0
 
 
-def _answers(done: dict[Path, object], warned: dict[Path, list[str]]) -> str:
-    "Tables of answers, or what was wrong, as JSON."
+def _answers(done: list[_Done]) -> str:
+    "Answers, or what was wrong, as JSON."
     finite = lambda r: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
-    rows = [dict(file=f and _shown(f), warnings=warned.get(f, [])) | (dict(error=str(r)) if isinstance(r, Exception) else finite(r))
-            for f, r in done.items()]
-    return _shown(json.dumps(rows, indent=1, ensure_ascii=False))
+    rows = [dict(file=d.file and _shown(d.file), warnings=[*map(_shown, d.warnings)])
+            | (dict(error=_shown(d.error)) if d.error else finite(d.result)) for d in done]
+    return json.dumps(rows, indent=1)
 
 
 def _shown(path: object) -> str:
@@ -1208,11 +1222,15 @@ def _shown(path: object) -> str:
     return os.fsencode(str(path)).decode("utf-8", "replace")
 
 
-def _reflections(file: Path, a: argparse.Namespace) -> tuple[Measured, dict]:  # and the wavelength (Å) that was used
-    try:
-        scan = read_pattern(file, a.wavelength, a.unit)
-        return to_reflections(scan, strip_kalpha2=dict(auto=None, strip=True, keep=False)[a.kalpha2]), dict(wavelength=scan.wavelength)
-    except ValueError as e: raise ValueError(str(e) if str(e).startswith(str(file)) else f"{file}: {e}") from e
+def _check_question(a: argparse.Namespace) -> None:
+    "Raise `ValueError` for an option that is wrong whatever the files are."
+    if a.wavelength is not None: as_wavelength(a.wavelength)
+    if a.formula is not None: parse_formula(a.formula)
+
+
+def _reflections(file: Path, a: argparse.Namespace) -> tuple[Measured, dict]:  # and the wavelength (Å) of the scan
+    scan = read_pattern(file, a.wavelength, a.unit)
+    return to_reflections(scan, strip_kalpha2=dict(auto=None, strip=True, keep=False)[a.kalpha2]), dict(wavelength=scan.wavelength)
 
 
 def _print_table(df: "pl.DataFrame") -> None:
@@ -1226,18 +1244,19 @@ def _predict(a: argparse.Namespace) -> int:
     from xxact.materials import TARGETS
     from xxact.predict import Predictor
     if not (a.files or a.formula): raise ValueError("give a file, --formula, or both")
+    _check_question(a)
     predictor = Predictor.load(a.weights)
 
     def answer(file: Path) -> dict:
         pattern, radiation = _reflections(file, a)
         return radiation | predictor.predict(a.formula, pattern).to_dicts()[0]
 
-    done, warned = _one_by_one(a.files, answer) if a.files else ({None: predictor.predict(a.formula).to_dicts()[0]}, {})
-    if a.json: print(_answers(done, warned))
+    done = _one_by_one(a.files, answer) if a.files else [_Done(None, predictor.predict(a.formula).to_dicts()[0])]
+    if a.json: print(_answers(done))
     else:
         rows = []
-        for file, r in done.items():
-            if isinstance(r, Exception): continue
+        for file, r, error, _ in done:
+            if error: continue
             row = dict(file=_shown(file.name) if file else "", formula=r["formula"] or "")
             name = lambda t: f"{t.removesuffix('_per_atom').replace('_', ' ')} ({TARGETS[t]})"
             row |= {name(t): f"{r[t]:.3f} ± {r[t + '_std']:.3f}" for t in TARGETS if t in r}
@@ -1252,19 +1271,22 @@ def _predict(a: argparse.Namespace) -> int:
 def _search(a: argparse.Namespace) -> int:
     import polars as pl
     from xxact.predict import Predictor, make_index
-    predictor = Predictor.load(a.weights)
+    _check_question(a)
+    if a.top < 1: raise ValueError(f"--top {a.top} must be a whole number, at least 1")
     elements = None if a.elements is None else split_list(a.elements)
+    if strange := [e for e in elements or () if e not in ATOMIC_NUMBER]: raise ValueError(f"there is no element {strange[0]!r}; write Ba,Ti,O")
+    predictor = Predictor.load(a.weights)
     candidates = make_index(read_table(a.candidates)) if a.candidates else None
 
     def answer(file: Path) -> dict:
         pattern, radiation = _reflections(file, a)
         return radiation | dict(found=predictor.search(pattern, candidates, a.formula, elements, a.top).to_dicts())
 
-    done, warned = _one_by_one(a.files, answer)
-    if a.json: print(_answers(done, warned))
+    done = _one_by_one(a.files, answer)
+    if a.json: print(_answers(done))
     else:
-        for file, r in done.items():
-            if isinstance(r, Exception): continue
+        for file, r, error, _ in done:
+            if error: continue
             if len(done) > 1: print(f"{_shown(file)}:")
             _print_table(pl.DataFrame(r["found"]))
     return _status(done)
@@ -1273,6 +1295,7 @@ def _search(a: argparse.Namespace) -> int:
 def _convert(a: argparse.Namespace) -> int:
     from tqdm import tqdm
     if a.out and a.out.is_file(): raise ValueError(f"--out {a.out} is a file; give a folder")
+    if a.wavelength is not None: as_wavelength(a.wavelength)
     if a.out: a.out.mkdir(parents=True, exist_ok=True)
     names = Counter((a.out or file.parent, file.stem) for file in a.files)
     def convert(file: Path) -> None:
@@ -1280,7 +1303,7 @@ def _convert(a: argparse.Namespace) -> int:
         target = folder / f"{file.stem if names[folder, file.stem] == 1 else file.name}.xy"
         write_pattern(read_pattern(file, a.wavelength, a.unit), target)
         tqdm.write(_shown(target))
-    return _status(_one_by_one(a.files, convert)[0])
+    return _status(_one_by_one(a.files, convert))
 
 
 def _page(a: argparse.Namespace) -> int:
