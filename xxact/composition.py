@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 import numpy as np
@@ -47,11 +47,16 @@ _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 def formula_amounts(formula: str) -> dict[str, float]:  # element symbol -> amount, as written
     "Amounts of the elements in a formula such as `Ca(OH)2`, `CuSO4·5H2O` or `H₂O`. Raises `ValueError` for anything that is none."
+    return dict(_amounts(str(formula)))
+
+
+@lru_cache(maxsize=2**14)
+def _amounts(formula: str) -> dict[str, float]:
     import re
 
     from pymatgen.core import Composition
 
-    plain = str(formula).translate(_SUBSCRIPTS)
+    plain = formula.translate(_SUBSCRIPTS)
     parts = re.split(r"\s*[·•∙⋅*]\s*", plain)
     if len(parts) > 1 and all(parts): plain = "".join(re.sub(r"^(\d*\.?\d*)(.+)$", r"(\2)\1", p) for p in parts)
     if "@" in plain: raise ValueError(f"{formula!r}: '@' joins two materials; write the formula of one")
