@@ -469,7 +469,6 @@ def peak_match(
     norm = lambda t: t.norm(dim=-1).clamp(min=1e-9)
     return ((others @ moved.mT) / (norm(others)[..., None] * norm(moved)[:, None])).amax(2)
 
-
 # %% ../nbs/11_predict.ipynb #9b38b7e5
 SHIPPED = Path(__file__).parent / "weights" if "__file__" in globals() else Path("xxact/weights")
 

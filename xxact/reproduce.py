@@ -1206,14 +1206,14 @@ def _one_by_one(
     return done
 
 
-def _status(done: list[_Done]) -> int: return 2 if any(d.error for d in done) else 0
+def _status(done: list[_Done]) -> int: return 2 if any(d.error is not None for d in done) else 0
 
 
 def _answers(done: list[_Done]) -> str:
     "Answers, or what was wrong, as JSON."
     finite = lambda r: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
     rows = [dict(file=d.file and _shown(d.file), warnings=[*map(_shown, d.warnings)])
-            | (dict(error=_shown(d.error)) if d.error else finite(d.result)) for d in done]
+            | (finite(d.result) if d.error is None else dict(error=_shown(d.error))) for d in done]
     return json.dumps(rows, indent=1)
 
 
@@ -1256,7 +1256,7 @@ def _predict(a: argparse.Namespace) -> int:
     else:
         rows = []
         for file, r, error, _ in done:
-            if error: continue
+            if error is not None: continue
             row = dict(file=_shown(file.name) if file else "", formula=r["formula"] or "")
             name = lambda t: f"{t.removesuffix('_per_atom').replace('_', ' ')} ({TARGETS[t]})"
             row |= {name(t): f"{r[t]:.3f} ± {r[t + '_std']:.3f}" for t in TARGETS if t in r}
@@ -1286,7 +1286,7 @@ def _search(a: argparse.Namespace) -> int:
     if a.json: print(_answers(done))
     else:
         for file, r, error, _ in done:
-            if error: continue
+            if error is not None: continue
             if len(done) > 1: print(f"{_shown(file)}:")
             _print_table(pl.DataFrame(r["found"]))
     return _status(done)
