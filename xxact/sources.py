@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -1102,7 +1103,8 @@ def prepare_shards(
                     else:
                         found.update([] if future.result() else [path])
                         finished += sum(table_height(table) for table in with_rejects(shards[path]))
-                at_work = {part.parent: int(part.stem) for part in sorted(folder.glob(".*.parts/*.parquet"))}  # the last part of each
+                parts = sorted(glob(".*.parts/*.parquet", root_dir=folder))  # pathlib's would raise where a worker deletes its parts meanwhile
+                at_work = {Path(part).parent: int(Path(part).stem) for part in parts}  # the last part of each
                 bar.update(finished + sum(at_work.values()) - bar.n)
 
         replaced = [path for path, shard in shards.items() if shard.exists()]
