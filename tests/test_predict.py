@@ -114,6 +114,18 @@ def test_what_cannot_be_read_says_why(predictor, formula, pattern, reason):
     assert "\n" not in str(e.value)
 
 
+def test_many_are_read_ahead_and_answered_in_order(predictor):
+    "Inputs of which a thread reads some while others are predicted, the first of them without a pattern, the last without a formula."
+    formulas, threads = [*["TiO2", "NaCl", "MgO"] * 50, *[None] * 150], torch.get_num_threads()
+    patterns = [None] * 150 + [Measured(np.array([3.2, 2.1, 1.5 + i / 1000]), np.array([1, 0.5, 0.3]), (LN_Q[0], LN_Q[1])) for i in range(150)]
+    many, slow = predictor.predict(formulas, patterns), predictor.table(as_inputs(formulas, patterns))
+    assert many["formula"].to_list() == formulas and many.schema == slow.schema
+    for name in ("crystal_system_p", "space_group_p", "volume_per_atom_std"):
+        np.testing.assert_allclose(many[name], slow[name], rtol=1e-4)
+    with pytest.raises(ValueError, match="input 290: 'Qq'"): predictor.predict([*formulas[:290], "Qq", *formulas[291:]], patterns)
+    assert torch.get_num_threads() == threads
+
+
 def test_a_missing_modality_is_not_seen(predictor):
     "The stand-in for what is missing must not matter."
     a, b = (ask(predictor.model, as_inputs([f, None], [None, (X, Y)], "CuKa")) for f in ("NaCl", "KBr"))
@@ -126,7 +138,7 @@ def test_unimodal_weights_answer_what_they_can(data):
     torch.manual_seed(0)
     p = make_predictor(XxaCT("nano", "composition", targets=data.target_names).eval(), data)
     assert set(p.cases) == {"formula"} and p.predict(["NaCl", "MgO"]).height == 2
-    with pytest.raises(ValueError, match="input 0: these weights need a formula"):
+    with pytest.raises(ValueError, match="these weights need a formula"):
         p.predict(None, (X, Y), "CuKa")
 
 
@@ -476,7 +488,7 @@ def test_the_command_searches(weights, predictor, table, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, reason", [
     (["predict"], "give a file, --formula, or both"), (["predict", "--formula", "Qq"], "Qq"), (["predict", "no.xy"], "no.xy: no such file"),
-    (["predict", "no.xy", "--weights", "nowhere"], "nowhere holds no predictor"), (["search", "no.xy", "--candidates", "no.parquet"], "no.parquet"),
+    (["predict", "no.xy", "--weights", "nowhere"], "nowhere does not exist"), (["search", "no.xy", "--candidates", "no.parquet"], "no.parquet"),
 ])  # fmt: skip
 def test_the_command_refuses_in_one_line(weights, arguments, reason, capsys):
     assert main([*arguments, *([] if "--weights" in arguments else ["--weights", weights])]) == 2

@@ -15,8 +15,8 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import islice, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -73,6 +73,11 @@ def as_inputs(
     wavelength: float | str | None = None,  # Å, or the name of a line, for patterns that do not have it
 ) -> list[Input]:
     "Inputs of one or many materials. Raises `ValueError` for what cannot be read, naming its place."
+    return list(_inputs(formula, pattern, wavelength))
+
+
+def _inputs(formula: object, pattern: object, wavelength: float | str | None) -> Iterator[Input]:
+    "The inputs one by one, each read when it is asked for."
     for what, given in (("formula", formula), ("pattern", pattern)):
         if not (given is None or isinstance(given, Iterable | Path)) or isinstance(given, Mapping):
             raise ValueError(f"{what}={given!r} is no {what}, and no list of such")
@@ -84,15 +89,13 @@ def as_inputs(
         raise ValueError(f"{len(formulas)} formulas and {len(patterns)} patterns; give as many of each, with None where one is missing")
     n = len(formulas if formulas is not None else patterns or [])
     if not n: raise ValueError("give a formula, a pattern, or both")
-    inputs = []
     for i, (f, p) in enumerate(zip(formulas or [None] * n, patterns or [None] * n, strict=True)):
         try:
             if f is None and p is None: raise ValueError("neither a formula nor a pattern")
             if f is not None and not isinstance(f, str): raise ValueError(f"formula {f!r} must be text like 'BaTiO3'")
             if f is not None: parse_formula(f)
-            inputs.append(Input(f, None if p is None else _as_measured(p, wavelength)))
+            yield Input(f, None if p is None else _as_measured(p, wavelength))
         except (ValueError, TypeError) as e: raise ValueError(f"input {i}: {e}" if n > 1 else str(e)) from e
-    return inputs
 
 
 def _is_pair(p: object) -> bool:
@@ -153,11 +156,10 @@ def ask(
     inputs: Sequence[Input],
     batch_size: int = 256,
 ) -> Raw:
-    "Run a model on some inputs. Raises `ValueError` for one that its modalities cannot read."
+    "Run a model on some inputs. Raises `ValueError` where one lacks what the model reads."
     can, parts = model.config["modalities"], []
     needed = dict(composition="formula", xrd="pattern").get(can)
-    for i, one in enumerate(inputs):
-        if needed and one.case not in (needed, "both"): raise ValueError(f"input {i}: these weights need a {needed}")
+    if needed and any(one.case not in (needed, "both") for one in inputs): raise ValueError(f"these weights need a {needed} of every input")
     for begin in range(0, len(inputs), batch_size):
         c, x, keep = model.encode(*batch_inputs(inputs[begin : begin + batch_size], model))
         parts.append((*model.read(c, x, keep), torch.empty(len(keep), 0) if x is None else pool(x)))
@@ -537,7 +539,19 @@ class Predictor:
         wavelength: float | str | None = None,  # Å, or the name of a line, for patterns that do not have it
     ) -> "pl.DataFrame":  # a row an input: targets, standard deviations, symmetry with probabilities, in_domain, the nearest known material
         "Properties and symmetry of one or many materials. Raises `ValueError` for an input that cannot be read."
-        return self.table(as_inputs(formula, pattern, wavelength))
+        import polars as pl
+        inputs, n, threads = _inputs(formula, pattern, wavelength), 128, torch.get_num_threads()
+        read = lambda: list(islice(inputs, n))
+        parts, some = [], read()
+        with ThreadPoolExecutor(1) as reader:
+            try:
+                while some:
+                    later = reader.submit(read) if len(some) == n else None
+                    if later: torch.set_num_threads(max(1, threads - 1))  # the others predict while one reads on
+                    parts.append(self.table(some))
+                    some = later.result() if later else []
+            finally: torch.set_num_threads(threads)
+        return pl.concat(parts)
 
     def table(
         self,
@@ -557,7 +571,7 @@ class Predictor:
         gap = torch.tensor([t.startswith("band_gap") for t in self.model.config["targets"]], dtype=torch.bool)
         value = torch.where(gap, value.clamp(min=0), value)
         width = torch.where(self.model.is_log, width * value, width)  # of a logarithm: the relative spread
-        columns = dict(formula=[i.formula for i in inputs])
+        columns = dict(formula=pl.Series([i.formula for i in inputs], dtype=pl.String))
         for t, name in enumerate(self.model.config["targets"]): columns |= {name: value[:, t].tolist(), f"{name}_std": width[:, t].tolist()}
         known = [all(self.elements[z - 1] for z in parse_formula(i.formula)[0]) if i.formula else True for i in inputs]
         row, match = zip(*(nearest.get(i, (None, None)) for i in range(n)), strict=True)

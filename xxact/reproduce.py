@@ -1226,11 +1226,21 @@ def _check_question(a: argparse.Namespace) -> None:
     "Raise `ValueError` for an option that is wrong whatever the files are."
     if a.wavelength is not None: as_wavelength(a.wavelength)
     if a.formula is not None: parse_formula(a.formula)
+    for path in (a.weights, getattr(a, "candidates", None)):
+        if path and not path.exists(): raise ValueError(f"{path} does not exist")
 
 
-def _reflections(file: Path, a: argparse.Namespace) -> tuple[Measured, dict]:  # and the wavelength (Å) of the scan
-    scan = read_pattern(file, a.wavelength, a.unit)
-    return to_reflections(scan, strip_kalpha2=dict(auto=None, strip=True, keep=False)[a.kalpha2]), dict(wavelength=scan.wavelength)
+def _measured(a: argparse.Namespace) -> tuple[list[_Done], list[dict], list[Measured]]:
+    "What came of the files; of those that could be read the results, with the wavelength (Å) so far, and the patterns."
+    patterns: list[Measured] = []
+
+    def read(file: Path) -> dict:
+        scan = read_pattern(file, a.wavelength, a.unit)
+        patterns.append(to_reflections(scan, strip_kalpha2=dict(auto=None, strip=True, keep=False)[a.kalpha2]))
+        return dict(wavelength=scan.wavelength)
+
+    done = _one_by_one(a.files, read)
+    return done, [d.result for d in done if d.result is not None], patterns
 
 
 def _print_table(df: "pl.DataFrame") -> None:
@@ -1240,18 +1250,15 @@ def _print_table(df: "pl.DataFrame") -> None:
 
 
 def _predict(a: argparse.Namespace) -> int:
-    import polars as pl
-    from xxact.materials import TARGETS
-    from xxact.predict import Predictor
     if not (a.files or a.formula): raise ValueError("give a file, --formula, or both")
     _check_question(a)
-    predictor = Predictor.load(a.weights)
-
-    def answer(file: Path) -> dict:
-        pattern, radiation = _reflections(file, a)
-        return radiation | predictor.predict(a.formula, pattern).to_dicts()[0]
-
-    done = _one_by_one(a.files, answer) if a.files else [_Done(None, predictor.predict(a.formula).to_dicts()[0])]
+    done, results, patterns = _measured(a) if a.files else ([_Done(None, answer := {})], [answer], [None])
+    import polars as pl  # after the files, as the weights, so that a large one has the memory for itself
+    from xxact.materials import TARGETS
+    from xxact.predict import Predictor
+    if results:
+        answers = Predictor.load(a.weights).predict(a.formula and [a.formula] * len(results), patterns if a.files else None)
+        for r, row in zip(results, answers.to_dicts(), strict=True): r |= row
     if a.json: print(_answers(done))
     else:
         rows = []
@@ -1269,20 +1276,17 @@ def _predict(a: argparse.Namespace) -> int:
 
 
 def _search(a: argparse.Namespace) -> int:
-    import polars as pl
-    from xxact.predict import Predictor, make_index
     _check_question(a)
     if a.top < 1: raise ValueError(f"--top {a.top} must be a whole number, at least 1")
     elements = None if a.elements is None else split_list(a.elements)
     if strange := [e for e in elements or () if e not in ATOMIC_NUMBER]: raise ValueError(f"there is no element {strange[0]!r}; write Ba,Ti,O")
-    predictor = Predictor.load(a.weights)
-    candidates = make_index(read_table(a.candidates)) if a.candidates else None
-
-    def answer(file: Path) -> dict:
-        pattern, radiation = _reflections(file, a)
-        return radiation | dict(found=predictor.search(pattern, candidates, a.formula, elements, a.top).to_dicts())
-
-    done = _one_by_one(a.files, answer)
+    done, results, patterns = _measured(a)
+    import polars as pl  # after the files, as above
+    from xxact.predict import Predictor, make_index
+    if results:
+        predictor, candidates = Predictor.load(a.weights), make_index(read_table(a.candidates)) if a.candidates else None
+        for r, pattern in zip(results, patterns, strict=True):
+            r["found"] = predictor.search(pattern, candidates, a.formula, elements, a.top).to_dicts()
     if a.json: print(_answers(done))
     else:
         for file, r, error, _ in done:
