@@ -346,6 +346,11 @@ def test_search_says_what_it_lacks(predictor, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="is no index of materials"):
         Index.load(tmp_path / "a.safetensors")
+    predictor.index._replace(ln_q=predictor.index.ln_q[:, :32], intensity=predictor.index.intensity[:, :32]).save(tmp_path / "few.safetensors")
+    with pytest.raises(ValueError, match="keeps 32 peaks a material, not 64"):
+        Index.load(tmp_path / "few.safetensors")
+    with pytest.raises(ValueError, match="at least one pattern"):
+        predictor.index.compare([])
 
 
 def test_a_folder_keeps_everything(predictor, tmp_path):

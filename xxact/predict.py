@@ -371,7 +371,8 @@ class Index(NamedTuple):
         shortlist: int = SHORTLIST,  # most similar embeddings, whose peaks are compared
         kept: int = NEIGHBOURS,
     ) -> Hits:
-        "Find the materials that look most like each pattern."
+        "Find the materials that look most like each pattern. Raises `ValueError` where there is no pattern."
+        if not patterns: raise ValueError("give at least one pattern to compare")
         own = own or [torch.empty(0, dtype=torch.int64)] * len(patterns)
         found, embedding = [], self.embedding.float() / 127
         for begin in range(0, len(patterns), 16):
@@ -413,6 +414,7 @@ class Index(NamedTuple):
             with safe_open(path, "pt") as f:
                 index = cls(**{k: f.get_tensor(k) for k in f.keys()}, **{k: v.split("\n") for k, v in f.metadata().items()})  # noqa: SIM118
             lengths = {len(getattr(index, k)) for k in ("embedding", "ln_q", "intensity", "space_group", "elements", "formula", "material_id")}
+            if index.ln_q.shape[1:] != (KEPT_PEAKS,): raise ValueError(f"{path} keeps {index.ln_q.shape[-1]} peaks a material, not {KEPT_PEAKS}")
             if len(lengths) > 1: raise ValueError(f"{path} is no index of materials: its parts differ in length ({', '.join(map(str, lengths))})")
             return index
         except (SafetensorError, OSError, TypeError, AttributeError) as e: raise ValueError(f"{path} is no index of materials: {e}") from e
