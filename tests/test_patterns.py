@@ -401,7 +401,7 @@ def test_lines_are_found_where_they_are(changes):
         assert ratio.std() / ratio.mean() < 0.15  # the areas, whatever the wavelength
         strange = np.abs(ln_d[:, None] - found).min(0) > 6e-3
         weight = m.intensity * lorentz_polarisation(torch.from_numpy(m.d_spacing)).numpy()
-        assert weight[strange].max(initial=0) < 0.02 * weight.max()
+        assert weight[strange].max(initial=0) < 0.025 * weight.max()
 
 
 def test_order_and_spacing_of_the_points_do_not_matter():
@@ -446,12 +446,34 @@ def test_counts_below_zero_are_no_obstacle():
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**31), st.floats(1e-3, 8e-3), st.floats(0, 0.6), st.floats(5, 60))
 def test_kalpha2_is_taken_out_as_it_was_put_in(seed, shift, ratio, low):
-    x = np.linspace(low, low + 60, 3000)
-    single = np.convolve(np.random.default_rng(seed).random(3000) ** 30, np.hanning(25), "same")
-    single[:60] = 0  # Kα2 of what lies before the range is unknown
-    origin = np.degrees(2 * np.arcsin(np.sin(np.radians(x / 2)) / (1 + shift)))
-    both = single + ratio * np.interp(origin, x, single)
-    np.testing.assert_allclose(without_kalpha2(x, both, shift, ratio), single, atol=1e-4 * single.max())
+    rng, x = np.random.default_rng(seed), np.linspace(low, low + 60, 3000)
+    places, heights = rng.uniform(low + 1, low + 60, (20, 1)), rng.exponential(size=(20, 1))
+    single = lambda at: (heights * np.exp(-(((at - places) / 0.1) ** 2))).sum(0)
+    both = single(x) + ratio * single(np.degrees(2 * np.arcsin(np.sin(np.radians(x / 2)) / (1 + shift))))
+    np.testing.assert_allclose(without_kalpha2(x, both, shift, ratio), single(x), atol=0.01 * single(x).max())
+
+
+@pytest.mark.parametrize("move", [lambda x, rng: x.round(4), lambda x, rng: x.round(3), lambda x, rng: x + 0.004 * rng.uniform(-1, 1, len(x))])
+def test_angles_that_are_not_quite_even_show_no_more_lines(move):
+    true, false = [], []
+    for seed in range(8):
+        rng, even = np.random.default_rng(seed), np.arange(10, 80, 0.0131303)
+        places, heights = rng.uniform(15, 75, 10), rng.uniform(100, 1500, (10, 1))
+        for x in (even, move(even, rng)):
+            y = rng.poisson(60 + (heights * np.exp(-(((x - places[:, None]) / 0.085) ** 2))).sum(0))
+            found = find_peaks(as_pattern(x, y.astype(float), 1.5406))[0]
+            true.append((np.abs(found[:, None] - places).min(0) < 0.05).sum())
+            false.append((np.abs(found[:, None] - places).min(1) > 0.05).sum())
+    assert sum(true[1::2]) > 0.95 * sum(true[::2]) and sum(false[1::2]) < 1.3 * sum(false[::2])
+
+
+@pytest.mark.parametrize("step", [1e-4, 3e-8, 1e-10])
+def test_a_scan_over_next_to_nothing_takes_no_memory(step):
+    tracemalloc.start()
+    to_reflections(as_pattern(20 + step * np.arange(400), 100 + 1000 * np.exp(-(((np.arange(400) - 200) / 8) ** 2)), "CuKa1"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6
 
 
 def test_tubes_are_known_by_their_wavelength():

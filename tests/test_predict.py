@@ -122,6 +122,9 @@ def test_many_are_read_ahead_and_answered_in_order(predictor):
     assert many["formula"].to_list() == formulas and many.schema == slow.schema
     for name in ("crystal_system_p", "space_group_p", "volume_per_atom_std"):
         np.testing.assert_allclose(many[name], slow[name], rtol=1e-4)
+    last = patterns[-1]
+    for bad, said in ((last._replace(d_spacing=np.arange(1.0, 4)), "d_spacing above 0 Å, falling"), (last._replace(limits=(2, 1)), "limits")):
+        with pytest.raises(ValueError, match=f"input 299: .*{said}"): predictor.predict(formulas, [*patterns[:299], bad])
     with pytest.raises(ValueError, match="input 290: 'Qq'"): predictor.predict([*formulas[:290], "Qq", *formulas[291:]], patterns)
     assert torch.get_num_threads() == threads
 
@@ -487,6 +490,10 @@ def test_the_command_searches(weights, predictor, table, tmp_path, capsys):
     assert main(["search", files[0], "--candidates", str(tmp_path / "few.parquet"), "--wavelength", "CuKa", "--weights", weights, "--json"]) == 0
     [answer] = json.loads(capsys.readouterr().out)
     assert {f["material_id"] for f in answer["found"]} == set(few["material_id"][:10]) or len(few) > 10
+    (tmp_path / "bad.xy").write_text("a story")
+    assert main(["search", files[0], str(tmp_path / "bad.xy"), "--formula", "NaCl9", "--weights", weights, "--json"]) == 2
+    said = capsys.readouterr()
+    assert ["composition NaCl9" in a["error"] for a in json.loads(said.out)] == [True, False] and "2 of 2 files failed" in said.err
     assert main(["search", files[0], "--elements", "Ti,Q", "--weights", weights]) == 2
     assert "there is no element 'Q'" in capsys.readouterr().err
 

@@ -393,6 +393,7 @@ _LARGEST = 8 * 2**20  # bytes of one file, or of one member of an archive, that 
 
 
 def _xml(text: str) -> ElementTree.Element:
+    if re.match(r"\s*<(!doctype\s+)?html", text, re.IGNORECASE): raise ValueError("is a web page, no scan")
     if "<!DOCTYPE" in text or "<!ENTITY" in text or "\0" in text: raise ValueError("XML that declares entities is not read")
     if max(text.count("<"), text.count("=")) > 500_000: raise ValueError("XML of more than half a million elements or attributes is not read")
     if re.search(r"xmlns[^=<>]{0,100}=\s*[^<>]{300}", text): raise ValueError("XML with a namespace of 300 characters is not read")
@@ -531,6 +532,7 @@ def _read(path: Path) -> Scan:
             return (_read_rasx if any(re.search(r"Profile\d+\.txt$", n) for n in archive.namelist()) else _read_brml)(archive)
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")): raise ValueError("is compressed; unpack it first")
     if head.startswith(b"RAW4.00"): return _read_raw4(whole())
+    if head.startswith(b"RAW_1."): raise ValueError("is STOE's raw format, which no maintained library reads; export the scan as text")
     encoding = _encoding(head)
     if b"\0" in head and encoding != "utf-16": return _read_with_xylib(_limited(path))
     begin = _decode(head)
@@ -564,6 +566,7 @@ def read_pattern(
     if not isinstance(path, str | Path): raise ValueError(f"path={path!r} must be the path of a file")
     path = Path(path)
     if wavelength is not None: wavelength = as_wavelength(wavelength)
+    if unit not in (None, *UNITS): raise ValueError(f"unit {unit!r} does not exist; choose from {', '.join(UNITS)}")
     try:
         scan = _read(path)
         named = WAVELENGTHS.get(f"{scan.metadata.get('anode') or ''}Ka")
@@ -582,19 +585,23 @@ def read_pattern(
         metadata = scan.metadata | (dict(wavelength_assumed=True) if not (found or wavelength) and known == "two_theta" else {})
         columns, scan = [scan.y, scan.x], scan._replace(x=None, y=None)  # given away, so that what is replaced there is freed
         return as_pattern(columns.pop(), columns.pop(), found or wavelength or CU_KA, known, metadata)
-    except FileNotFoundError: raise ValueError(f"{path}: no such file") from None
+    except FileNotFoundError: raise ValueError(f"{' '.join(str(path).split())}: no such file") from None
     except _BROKEN as e:
         reason = " ".join(str(e).split()) or type(e).__name__
         if isinstance(e, zipfile.BadZipFile | ElementTree.ParseError | struct.error): reason = f"is cut off or damaged ({reason})"
         if "is not a multiple of n=" in reason: reason = f"is cut off, or a row of a loop is too short or too long ({reason})"
-        raise ValueError(f"{path}: {f'lacks {reason}' if isinstance(e, KeyError) else reason}"[:400]) from e
+        name = " ".join(str(path).split())  # a line break in it, too
+        raise ValueError(f"{name}: {f'lacks {reason}' if isinstance(e, KeyError) else reason[:300]}") from e
 
 # %% ../nbs/02_patterns.ipynb #57180492
 def write_pattern(
     p: Pattern,
     path: str | Path,  # `.xy`
 ) -> None:
-    "Write two columns, 2θ and intensity, with the wavelength in a comment unless it was assumed. Raises `ValueError` where a file is in the way."
+    """Write two columns, 2θ and intensity, with the wavelength in a comment unless it was assumed. Raises `ValueError` where a file is in the way,
+    and for what is no pattern."""
+    as_wavelength(p.wavelength)
+    if np.shape(p.two_theta) != np.shape(p.intensity): raise ValueError("2θ and intensity must be two columns of one length")
     lines = ({} if p.metadata.get("wavelength_assumed") else {"wavelength": p.wavelength}) | {k: v for k, v in p.metadata.items() if k == "kalpha2"}
     head = "".join(f"# {k} = {v:.6f} Å\n" for k, v in lines.items()) + "# 2theta (deg) intensity\n"
     body = (f"{x:.6f} {y:.8g}\n" for x, y in zip(p.two_theta, p.intensity, strict=True))
@@ -607,9 +614,11 @@ def even_grid(
     p: Pattern,
     n_max: int = 2**15,  # points
 ) -> tuple[np.ndarray, np.ndarray, float]:  # 2θ in degrees, intensities, and the step in degrees
-    "A pattern at equal steps: interpolated, or, where it has more than `n_max` points, averaged over cells."
+    "A pattern at equal steps: as it is within a tenth of a step, or interpolated, or, where it has more than `n_max` points, averaged over cells."
     low, extent, many = p.two_theta[0], float(np.ptp(p.two_theta)), len(p.two_theta) > n_max
-    if not many and np.ptp(np.diff(p.two_theta)) < 1e-6 * extent / len(p.two_theta): return p.two_theta, p.intensity, extent / (len(p.two_theta) - 1)
+    if not many:
+        even, step = np.linspace(low, low + extent, len(p.two_theta), retstep=True)
+        if np.abs(p.two_theta - even).max() < 0.1 * step: return even, p.intensity, step
     step = extent / n_max if many else max(float(np.median(np.diff(p.two_theta))), extent / n_max)
     x = low + step * np.arange(int(extent / step + 1e-6) + 1)
     if not many: return x, np.interp(x, p.two_theta, p.intensity), step  # as it was where it was even
@@ -624,10 +633,11 @@ def background(
 ) -> np.ndarray:  # (k,)
     "The background under the peaks (SNIP)."
     from pybaselines import Baseline
-    n, k = len(intensity), max(1, round(reach / step) // 12)  # so smooth a curve needs no more than a dozen points within its reach
+    n, reach = len(intensity), min(reach, len(intensity) * step)
+    k = max(1, round(reach / step) // 12)  # so smooth a curve needs no more than a dozen points within its reach
     coarse = intensity[: n // k * k].reshape(-1, k).mean(1)
     window = min(max(2, round(reach / step / k)), (len(coarse) - 1) // 2)
-    base = Baseline().snip(coarse, max_half_window=window, decreasing=True, smooth_half_window=max(1, round(0.05 / step / k)))[0]
+    base = Baseline().snip(coarse, max_half_window=window, decreasing=True, smooth_half_window=max(1, round(min(0.05, reach) / step / k)))[0]
     return np.interp(np.arange(n), k * np.arange(len(coarse)) + (k - 1) / 2, base)
 
 
@@ -638,17 +648,11 @@ def without_kalpha2(
     ratio: float = 0.5,  # Kα2's intensity / Kα1's, below 1
 ) -> np.ndarray:  # (k,) the intensity of Kα1
     "Take Kα2 out of a pattern."
-    rows = np.arange(len(two_theta))
-    origin = np.degrees(2 * np.arcsin(np.sin(np.radians(two_theta / 2)) / (1 + shift)))
-    place = (origin - two_theta[0]) / (two_theta[1] - two_theta[0])
-    place = np.where(place < 0, rows, place)  # as if what lies before the first point were like it
-    low = np.floor(place).astype(int)
-    after, part = np.minimum(low + 1, rows), ratio * (place - low)
-    before = ratio - part
-    alone, term, least = intensity.copy(), intensity, 1e-5 * np.abs(intensity).max()
-    while np.abs(term).max() > least:  # alone + ratio × its copy = intensity, as a geometric series
-        term = -(before * term[low] + part * term[after])
-        alone += term
+    sine, alone, power, sign = np.sin(np.radians(two_theta / 2)), intensity, 1, -1
+    while ratio**power > 1e-4:  # intensity = (1 + copy) alone, and 1 / (1 + copy) = (1 - copy) (1 + copy²) (1 + copy⁴) …
+        origin = np.degrees(2 * np.arcsin(sine / (1 + shift) ** power))
+        copy = np.where(origin < two_theta[0], alone, np.interp(origin, two_theta, alone))  # as if what lies before the first point were like it
+        alone, power, sign = alone + sign * ratio**power * copy, 2 * power, 1
     return alone
 
 # %% ../nbs/02_patterns.ipynb #c01567f3
@@ -671,8 +675,16 @@ def shows_kalpha2(
 def _above(intensity: np.ndarray, step: float) -> np.ndarray:
     "A smoothed pattern above what is wider than 3°: enough of a background for strong peaks, and quick."
     from scipy.ndimage import gaussian_filter1d, grey_opening
-    smoothed = gaussian_filter1d(intensity, max(1.0, 0.02 / step))
-    return smoothed - grey_opening(smoothed, max(3, round(3 / step)))
+    n = len(intensity)  # whatever the step is, no kernel reaches farther
+    smoothed = gaussian_filter1d(intensity, min(max(1.0, 0.02 / step), n / 4))
+    return smoothed - grey_opening(smoothed, max(3, round(min(3 / step, 2 * n))))
+
+
+def _interpolated(two_theta: np.ndarray, x: np.ndarray) -> tuple[float, float]:
+    "The share of the noise's variance that interpolation leaves, and the points that it makes of one; averages are as good as points of their own."
+    if len(x) < 0.9 * len(two_theta): return 1.0, 1.0
+    part = np.interp(x, two_theta, np.arange(len(two_theta))) % 1
+    return float(np.mean(part**2 + (1 - part) ** 2)), max(1.0, len(x) / len(two_theta))
 
 
 def find_peaks(
@@ -687,6 +699,7 @@ def find_peaks(
     from scipy.signal import peak_prominences, peak_widths
     if not p.intensity.max() > 0: raise ValueError("no intensity is above 0")
     x, y, step = even_grid(p)
+    mixed, denser = (1.0, 1.0) if y is p.intensity else _interpolated(p.two_theta, x)
     if strip_kalpha2 is not False and (shift := tube_lines(p, strip_kalpha2)[1]):
         if strip_kalpha2 or "kalpha2" in p.metadata or shows_kalpha2(x, y, shift): y = without_kalpha2(x, y, shift)
     rough = _above(y, step)
@@ -697,8 +710,8 @@ def find_peaks(
     s, smoothed = smooth(net, sigma), smooth(y, sigma)
     level = smoothed.clip(0)
     usual = max(np.median(level), 0.02 * level.max()) or 1.0  # where a background was subtracted, nothing may be above 0
-    lost, kept = 1 - 1 / (math.sqrt(math.pi) * sigma), 1 / math.sqrt(2 * math.sqrt(math.pi) * sigma)  # of the noise, by smoothing
-    noise = 1.4826 * np.median(np.abs(y - smoothed)) / math.sqrt(lost) * kept * np.sqrt(level.clip(usual) / usual)
+    gone, kept = denser / (math.sqrt(math.pi) * sigma), math.sqrt(denser / (2 * math.sqrt(math.pi) * sigma))  # of the noise, by smoothing
+    noise = 1.4826 * np.median(np.abs(y - smoothed)) / math.sqrt(max(0.2, mixed - gone)) * kept * np.sqrt(level.clip(usual) / usual)
     at, _ = maxima(s, height=np.maximum(detection * noise, 2e-3 * s.max()))
     prominence = peak_prominences(s, at)
     at = at[(prominence[0] > detection * noise[at]) & (peak_widths(s, at, prominence_data=prominence)[0] < 3 * width)]

@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice, repeat
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -104,7 +105,7 @@ def _is_pair(p: object) -> bool:
 
 
 def _as_measured(p: PatternLike, wavelength: float | str | None) -> Measured:
-    if isinstance(p, Measured): return p
+    if isinstance(p, Measured): return _checked(p)
     if isinstance(p, str | Path):
         scan = read_pattern(p, wavelength)
         try: return to_reflections(scan)
@@ -117,6 +118,17 @@ def _as_measured(p: PatternLike, wavelength: float | str | None) -> Measured:
     if not _is_pair(p):
         raise ValueError(f"a pattern must be a path, a Pattern, or a pair (two_theta, intensity), not {type(p).__name__}")
     return to_reflections(as_pattern(*p, wavelength))
+
+
+def _checked(p: Measured) -> Measured:
+    "Reflections that somebody made."
+    d, y = np.asarray(p.d_spacing, float), np.asarray(p.intensity, float)
+    if not (d.ndim == 1 and d.shape == y.shape and len(d) and np.isfinite(d).all() and d[-1] > 0 and (np.diff(d) <= 0).all()
+            and np.isfinite(y).all() and y.min() >= 0 and y.max() > 0):
+        raise ValueError("a Measured needs d_spacing above 0 Å, falling, and as many intensities, none below 0 and not all 0")
+    if np.shape(p.limits) != (2,) or not p.limits[0] < p.limits[1]:
+        raise ValueError(f"limits={p.limits} of a Measured must be ln q (Å⁻¹) where the measurement begins and where it ends")
+    return Measured(d, y, p.limits)
 
 
 def batch_inputs(
@@ -474,6 +486,7 @@ def peak_match(
     return ((others @ moved.mT) / (norm(others)[..., None] * norm(moved)[:, None])).amax(2)
 
 # %% ../nbs/11_predict.ipynb #9b38b7e5
+_READING_AHEAD = Lock()  # since the number of torch's threads is one for all
 SHIPPED = Path(__file__).parent / "weights" if "__file__" in globals() else Path("xxact/weights")
 
 
@@ -542,10 +555,10 @@ class Predictor:
     ) -> "pl.DataFrame":  # a row an input: targets, standard deviations, symmetry with probabilities, in_domain, the nearest known material
         "Properties and symmetry of one or many materials. Raises `ValueError` for an input that cannot be read."
         import polars as pl
-        inputs, n, threads = _inputs(formula, pattern, wavelength), 128, torch.get_num_threads()
+        inputs, n = _inputs(formula, pattern, wavelength), 128
         read = lambda: list(islice(inputs, n))
-        parts, some = [], read()
-        with ThreadPoolExecutor(1) as reader:
+        with _READING_AHEAD, ThreadPoolExecutor(1) as reader:
+            threads, parts, some = torch.get_num_threads(), [], read()
             try:
                 while some:
                     later = reader.submit(read) if len(some) == n else None

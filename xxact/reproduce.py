@@ -48,7 +48,7 @@ from .evaluate import dummy, retrieval, scores
 from .fusion import FUSIONS, SIZES, XxaCT, choose, load_model, save_model, start_from
 from .materials import TARGETS, MaterialSet, read_table
 from .mxm import TrivialPredictors, hide_windows, window_errors
-from .patterns import UNITS, Measured, as_wavelength, read_pattern, to_reflections, write_pattern
+from .patterns import UNITS, as_wavelength, read_pattern, to_reflections, write_pattern
 from .predict import Predictor, make_index, make_predictor, measured_set, read_references, score_predictor, score_references
 from .trainer import RECIPE, Predictions, Pretraining, Supervised, draws, pick_device, predict, read_log, run_id, train, write_whole
 
@@ -1176,37 +1176,39 @@ class _Done(NamedTuple):
     "What came of a file."
 
     file: Path | None
-    result: dict | None  # None where it failed, or where there is nothing to tell
+    result: dict | None = None  # None where it failed, or where there is nothing to tell
     error: str | None = None
     warnings: Sequence[str] = ()
 
 
 def _one_by_one(
-    files: Sequence[Path],
-    work: Callable[[Path], dict | None],  # raises ValueError or OSError
+    files: Sequence[_Done],  # as they are so far
+    work: Callable[[_Done], dict | None],  # raises ValueError or OSError
 ) -> list[_Done]:
-    "Work through files; one that fails is told in a line, and does not stop the others."
+    "Work on files, or on what came of them; one that fails is told in a line, and does not stop the others."
     from tqdm import tqdm
     done: list[_Done] = []
 
     def say(said: object) -> str:
-        line = " ".join(str(said).split())
-        tqdm.write(_shown(f"xxact: {line if line.startswith(f'{file}: ') else f'{file}: {line}'}"), file=sys.stderr)
+        name, line = (" ".join(str(words).split()) for words in (one.file, said))
+        line = line.removeprefix(f"{name}: ")
+        tqdm.write(_shown(f"xxact: {name}: {line}"), file=sys.stderr)
         return line
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *rest: warned.append(say(message))
-        for file in tqdm(files, unit="file", leave=False, disable=None if len(files) > 1 else True):
-            warned: list[str] = []
-            try: done.append(_Done(file, work(file), warnings=warned))
-            except (ValueError, OSError) as e: done.append(_Done(file, None, say(e), warned))
-    failed = sum(d.error is not None for d in done)
-    if failed and len(done) > 1: tqdm.write(f"xxact: {failed} of {len(done)} files failed", file=sys.stderr)
+        for one in tqdm(files, unit="file", leave=False, disable=None if len(files) > 1 else True):
+            warned = [*one.warnings]
+            try: done.append(one._replace(result=work(one) if one.error is None else None, warnings=warned))
+            except (ValueError, OSError) as e: done.append(one._replace(result=None, error=say(e), warnings=warned))
     return done
 
 
-def _status(done: list[_Done]) -> int: return 2 if any(d.error is not None for d in done) else 0
+def _status(done: list[_Done]) -> int:
+    failed = sum(d.error is not None for d in done)
+    if failed and len(done) > 1: print(f"xxact: {failed} of {len(done)} files failed", file=sys.stderr)
+    return 2 if failed else 0
 
 
 def _answers(done: list[_Done]) -> str:
@@ -1230,17 +1232,12 @@ def _check_question(a: argparse.Namespace) -> None:
         if path and not path.exists(): raise ValueError(f"{path} does not exist")
 
 
-def _measured(a: argparse.Namespace) -> tuple[list[_Done], list[dict], list[Measured]]:
-    "What came of the files; of those that could be read the results, with the wavelength (Å) so far, and the patterns."
-    patterns: list[Measured] = []
+def _read_all(a: argparse.Namespace) -> list[_Done]:  # results: the reflections, and the wavelength (Å) of the scan
+    def read(one: _Done) -> dict:
+        scan = read_pattern(one.file, a.wavelength, a.unit)
+        return dict(pattern=to_reflections(scan, strip_kalpha2=dict(auto=None, strip=True, keep=False)[a.kalpha2]), wavelength=scan.wavelength)
 
-    def read(file: Path) -> dict:
-        scan = read_pattern(file, a.wavelength, a.unit)
-        patterns.append(to_reflections(scan, strip_kalpha2=dict(auto=None, strip=True, keep=False)[a.kalpha2]))
-        return dict(wavelength=scan.wavelength)
-
-    done = _one_by_one(a.files, read)
-    return done, [d.result for d in done if d.result is not None], patterns
+    return _one_by_one([_Done(file) for file in a.files], read)
 
 
 def _print_table(df: "pl.DataFrame") -> None:
@@ -1252,13 +1249,14 @@ def _print_table(df: "pl.DataFrame") -> None:
 def _predict(a: argparse.Namespace) -> int:
     if not (a.files or a.formula): raise ValueError("give a file, --formula, or both")
     _check_question(a)
-    done, results, patterns = _measured(a) if a.files else ([_Done(None, answer := {})], [answer], [None])
+    done = _read_all(a)
     import polars as pl  # after the files, as the weights, so that a large one has the memory for itself
     from xxact.materials import TARGETS
     from xxact.predict import Predictor
-    if results:
-        answers = Predictor.load(a.weights).predict(a.formula and [a.formula] * len(results), patterns if a.files else None)
-        for r, row in zip(results, answers.to_dicts(), strict=True): r |= row
+    if not a.files: done = [_Done(None, Predictor.load(a.weights).predict(a.formula).to_dicts()[0])]
+    elif any(d.result for d in done):
+        predictor = Predictor.load(a.weights)
+        done = _one_by_one(done, lambda one: one.result | predictor.predict(a.formula, one.result.pop("pattern")).to_dicts()[0])
     if a.json: print(_answers(done))
     else:
         rows = []
@@ -1280,13 +1278,13 @@ def _search(a: argparse.Namespace) -> int:
     if a.top < 1: raise ValueError(f"--top {a.top} must be a whole number, at least 1")
     elements = None if a.elements is None else split_list(a.elements)
     if strange := [e for e in elements or () if e not in ATOMIC_NUMBER]: raise ValueError(f"there is no element {strange[0]!r}; write Ba,Ti,O")
-    done, results, patterns = _measured(a)
+    done = _read_all(a)
     import polars as pl  # after the files, as above
     from xxact.predict import Predictor, make_index
-    if results:
+    if any(d.result for d in done):
         predictor, candidates = Predictor.load(a.weights), make_index(read_table(a.candidates)) if a.candidates else None
-        for r, pattern in zip(results, patterns, strict=True):
-            r["found"] = predictor.search(pattern, candidates, a.formula, elements, a.top).to_dicts()
+        search = lambda pattern: predictor.search(pattern, candidates, a.formula, elements, a.top).to_dicts()
+        done = _one_by_one(done, lambda one: one.result | dict(found=search(one.result.pop("pattern"))))
     if a.json: print(_answers(done))
     else:
         for file, r, error, _ in done:
@@ -1302,12 +1300,12 @@ def _convert(a: argparse.Namespace) -> int:
     if a.wavelength is not None: as_wavelength(a.wavelength)
     if a.out: a.out.mkdir(parents=True, exist_ok=True)
     names = Counter((a.out or file.parent, file.stem) for file in a.files)
-    def convert(file: Path) -> None:
-        folder = a.out or file.parent
+    def convert(one: _Done) -> None:
+        file, folder = one.file, a.out or one.file.parent
         target = folder / f"{file.stem if names[folder, file.stem] == 1 else file.name}.xy"
         write_pattern(read_pattern(file, a.wavelength, a.unit), target)
         tqdm.write(_shown(target))
-    return _status(_one_by_one(a.files, convert))
+    return _status(_one_by_one([_Done(file) for file in a.files], convert))
 
 
 def _page(a: argparse.Namespace) -> int:
