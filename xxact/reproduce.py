@@ -630,7 +630,7 @@ def ship(
     given = dict(source=source, known=known) | ({} if weights else dict(size=size, copies=copies, epochs=epochs, batch_size=batch_size, seed=seed))
     files = dict(references=[references] * bool(references), leave_out=leave_out, weights=[weights] * bool(weights))
     said = " ".join(["xxact ship", Path(dataset).name, *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v != ""),
-                     *(f"--{k.replace('_', '-')} {Path(path).name}" for k, paths in files.items() for path in paths)])
+                     *(f"--{k.replace('_', '-')} {Path(path).name}" for k, paths in files.items() for path in paths), f"--out {Path(out).name}"])
     if weights:
         before = Predictor.load(weights)
         model, training = before.model, before.card.get("training", {})
