@@ -177,7 +177,11 @@ def test_old_binary_files_read_like_their_text():
     np.testing.assert_allclose(binary.two_theta, text.two_theta, atol=6e-4)
     np.testing.assert_array_equal(binary.intensity, text.intensity)
     assert binary.wavelength == text.wavelength == 1.5406
-    with pytest.raises(ValueError, match="stoe.raw: is binary, and of no format"):
+
+
+@needs_real
+def test_a_format_that_no_library_reads_is_named():
+    with pytest.raises(ValueError, match="stoe.raw: is STOE's raw format"):
         read_pattern(Path(REAL) / "xrd/formats/stoe.raw")
 
 
