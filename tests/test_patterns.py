@@ -457,6 +457,10 @@ def test_kalpha2_is_taken_out_as_it_was_put_in(seed, shift, ratio, low):
     np.testing.assert_allclose(without_kalpha2(x, both, shift, ratio), single(x), atol=0.01 * single(x).max())
 
 
+def test_kalpha2_is_weaker_than_kalpha1():
+    with pytest.raises(ValueError, match="ratio=1 of Kα2 to Kα1 must be"): without_kalpha2(X, Y, ratio=1.0)
+
+
 @pytest.mark.parametrize("move", [lambda x, rng: x.round(4), lambda x, rng: x.round(3), lambda x, rng: x + 0.004 * rng.uniform(-1, 1, len(x))])
 def test_angles_that_are_not_quite_even_show_no_more_lines(move):
     true, false = [], []

@@ -647,7 +647,8 @@ def without_kalpha2(
     shift: float = 2.486e-3,  # Kα2's wavelength / Kα1's - 1; of Cu
     ratio: float = 0.5,  # Kα2's intensity / Kα1's, below 1
 ) -> np.ndarray:  # (k,) the intensity of Kα1
-    "Take Kα2 out of a pattern."
+    "Take Kα2 out of a pattern. Raises `ValueError` for a ratio that cannot be."
+    if not 0 <= ratio < 1: raise ValueError(f"ratio={ratio:g} of Kα2 to Kα1 must be at least 0 and below 1")
     sine, alone, power, sign = np.sin(np.radians(two_theta / 2)), intensity, 1, -1
     while ratio**power > 1e-4:  # intensity = (1 + copy) alone, and 1 / (1 + copy) = (1 - copy) (1 + copy²) (1 + copy⁴) …
         origin = np.degrees(2 * np.arcsin(sine / (1 + shift) ** power))
