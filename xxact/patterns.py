@@ -610,9 +610,12 @@ def write_pattern(
     except FileExistsError: raise ValueError(f"{path} exists already") from None
 
 # %% ../nbs/02_patterns.ipynb #5f63f9ba
+_MOST = 2**15  # points of a pattern that are not averaged
+
+
 def even_grid(
     p: Pattern,
-    n_max: int = 2**15,  # points
+    n_max: int = _MOST,  # points
 ) -> tuple[np.ndarray, np.ndarray, float]:  # 2θ in degrees, intensities, and the step in degrees
     "A pattern at equal steps: as it is within a tenth of a step, or interpolated, or, where it has more than `n_max` points, averaged over cells."
     low, extent, many = p.two_theta[0], float(np.ptp(p.two_theta)), len(p.two_theta) > n_max
@@ -682,8 +685,7 @@ def _above(intensity: np.ndarray, step: float) -> np.ndarray:
 
 
 def _interpolated(two_theta: np.ndarray, x: np.ndarray) -> tuple[float, float]:
-    "The share of the noise's variance that interpolation leaves, and the points that it makes of one; averages are as good as points of their own."
-    if len(x) < 0.9 * len(two_theta): return 1.0, 1.0
+    "The share of the noise's variance that interpolation leaves, and the points that it makes of one."
     part = np.interp(x, two_theta, np.arange(len(two_theta))) % 1
     return float(np.mean(part**2 + (1 - part) ** 2)), max(1.0, len(x) / len(two_theta))
 
@@ -700,7 +702,7 @@ def find_peaks(
     from scipy.signal import peak_prominences, peak_widths
     if not p.intensity.max() > 0: raise ValueError("no intensity is above 0")
     x, y, step = even_grid(p)
-    mixed, denser = (1.0, 1.0) if y is p.intensity else _interpolated(p.two_theta, x)
+    mixed, denser = (1.0, 1.0) if y is p.intensity or len(p.two_theta) > _MOST else _interpolated(p.two_theta, x)  # averages are as good as points
     if strip_kalpha2 is not False and (shift := tube_lines(p, strip_kalpha2)[1]):
         if strip_kalpha2 or "kalpha2" in p.metadata or shows_kalpha2(x, y, shift): y = without_kalpha2(x, y, shift)
     rough = _above(y, step)
