@@ -69,7 +69,7 @@ def _one_scan(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _check_known(known: int, n: int) -> None:
     "Warn of points that are no numbers, or raise `ValueError` where they are too many."
     if known < max(10, 0.5 * n): raise ValueError(f"only {known} of {n} points are numbers; at least 10 and half of them are needed")
-    if known < n: warnings.warn(f"{n - known} of {n} points are no numbers and are left out", stacklevel=3)
+    if known < n: warnings.warn(f"{n - known} of {n} points are no numbers and are left out", stacklevel=4)
 
 
 class Scan(NamedTuple):
@@ -91,15 +91,31 @@ def as_pattern(
     metadata: dict | None = None,
 ) -> Pattern:
     "A pattern from columns of numbers, put in order. Raises `ValueError` for what is no pattern."
-    x, y = np.asarray(x, float), np.asarray(intensity, float)
-    del intensity  # of ten million points every copy counts
+    return _from_columns(np.array(x, float), np.array(intensity, float), wavelength, unit, metadata)
+
+
+def _merged(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Each angle once, with the mean of its intensities, written over the start of both: of ten million points every copy counts."
+    n = i = 0
+    while i < len(x):
+        j = np.searchsorted(x, x[min(i + 2**16, len(x)) - 1], "right")
+        angles, first, count = np.unique(x[i:j], return_index=True, return_counts=True)
+        m = n + len(angles)
+        x[n:m], y[n:m] = angles, np.add.reduceat(y[i:j], first) / count
+        n, i = m, j
+    return x[:n], y[:n]
+
+
+def _from_columns(x: np.ndarray, y: np.ndarray, wavelength: float | str | None, unit: str, metadata: dict | None) -> Pattern:
+    "`as_pattern` of columns that may be overwritten."
     if unit not in UNITS: raise ValueError(f"unit {unit!r} does not exist; choose from {', '.join(UNITS)}")
+    x, y = np.asarray(x, float), np.asarray(y, float)
     if x.ndim != 1 or x.shape != y.shape: raise ValueError(f"angles {x.shape} and intensities {y.shape} must be two columns of one length")
     known = np.isfinite(x) & np.isfinite(y)
     _check_known(known.sum(), len(x))
     if not known.all(): x, y = x[known], y[known]
     if wavelength is None:
-        warnings.warn("no wavelength is known: Cu Kα (1.54184 Å) is taken; give wavelength=…", stacklevel=2)
+        warnings.warn("no wavelength is known: Cu Kα (1.54184 Å) is taken; give wavelength=…", stacklevel=3)
         wavelength = CU_KA
     wavelength, second = as_wavelength(wavelength), (metadata or {}).get("kalpha2")
     if second is not None and not (isinstance(second, int | float) and wavelength < second < 1.02 * wavelength):
@@ -114,20 +130,12 @@ def as_pattern(
     if not x[-1] < 180: raise ValueError(f"2θ up to {x[-1]:g}° cannot be; if the column is q, say unit='q' or 'q_nm'")
     n, beyond = len(x), np.searchsorted(x, 0, "right")
     x, y = x[beyond:], y[beyond:]
-    first = np.append(True, x[1:] > x[:-1])  # of each angle
-    if (many := first.sum()) < max(10, 0.6 * n):
+    if (many := min(len(x), 1) + np.count_nonzero(x[1:] > x[:-1])) < max(10, 0.6 * n):
         raise ValueError(f"only {many} different angles above 0° in {n} points; are the columns separated as they seem?")
-    if not first.all():
-        again = np.flatnonzero(~first)
-        place, more = again - np.arange(1, len(again) + 1), y[again]
-        x = x[first]  # one after the other, since the whole column is freed then
-        y = y[first]
-        np.add.at(y, place, more)
-        place, count = np.unique(place, return_counts=True)
-        y[place] /= 1 + count
+    if many < len(x): x, y = _merged(x, y)
     steps = np.subtract(x[1:], x[:-1], dtype=np.float32)
     if steps[widest := steps.argmax()] > max(0.5, 20 * steps.mean()):
-        warnings.warn(f"there are no points between 2θ of {x[widest]:g} and {x[widest + 1]:g}°: peaks there are not seen", stacklevel=2)
+        warnings.warn(f"there are no points between 2θ of {x[widest]:g} and {x[widest + 1]:g}°: peaks there are not seen", stacklevel=3)
     return Pattern(x, y, wavelength, dict(metadata or {}))
 
 # %% ../nbs/02_patterns.ipynb #f60232b9
@@ -584,7 +592,7 @@ def read_pattern(
             warnings.warn(f"{path}: column 1 is taken for q in {q}; say unit='two_theta' if it is not", stacklevel=2)
         metadata = scan.metadata | (dict(wavelength_assumed=True) if not (found or wavelength) and known == "two_theta" else {})
         columns, scan = [scan.y, scan.x], scan._replace(x=None, y=None)  # given away, so that what is replaced there is freed
-        return as_pattern(columns.pop(), columns.pop(), found or wavelength or CU_KA, known, metadata)
+        return _from_columns(columns.pop(), columns.pop(), found or wavelength or CU_KA, known, metadata)
     except FileNotFoundError: raise ValueError(f"{' '.join(str(path).split())}: no such file") from None
     except _BROKEN as e:
         reason = " ".join(str(e).split()) or type(e).__name__
