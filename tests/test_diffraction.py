@@ -445,6 +445,8 @@ def test_bad_patterns(change, message):
     (["diffraction", "--structures", "10"], ("reflections_ratio_to_pymatgen", "render_patterns_per_s", "n_structures")),
     (["train", "--size", "nano", "--batch-size", "8", "--steps", "1", "--rounds", "1", "--device", "cpu"],
      ("materials_per_s", "ratio_to_bare_step", "render_share", "mfu", "peak_memory_mb", "projected_seconds_epoch_5m", "parameters")),
+    (["predict", "--patterns", "8", "--candidates", "500", "--rounds", "1"],
+     ("predictions_per_s", "predictions_with_formula_per_s", "ratio_to_bare_network", "search_ms", "search_ratio_to_product", "first_answer_s")),
 ])
 def test_bench_prints_one_line_of_json_last(options, measured, tmp_path, monkeypatch, capsys):
     (tmp_path / "settings.ini").touch()

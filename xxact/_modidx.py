@@ -5,6 +5,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'xxact.bench._matmul_peak': ('bench.html#_matmul_peak', 'xxact/bench.py'),
                              'xxact.bench._version': ('bench.html#_version', 'xxact/bench.py'),
                              'xxact.bench.bench_diffraction': ('bench.html#bench_diffraction', 'xxact/bench.py'),
+                             'xxact.bench.bench_predict': ('bench.html#bench_predict', 'xxact/bench.py'),
                              'xxact.bench.bench_prepare': ('bench.html#bench_prepare', 'xxact/bench.py'),
                              'xxact.bench.bench_sweeps': ('bench.html#bench_sweeps', 'xxact/bench.py'),
                              'xxact.bench.bench_train': ('bench.html#bench_train', 'xxact/bench.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_records', 'read_crystals', 'bench_diffraction', 'one_core', 'seconds_of', 'write_alexandria', 'bench_prepare',
-           'bench_train', 'sweep_passes', 'bench_sweeps', 'record']
+           'bench_train', 'sweep_passes', 'bench_sweeps', 'bench_predict', 'record']
 
 # %% ../nbs/14_bench.ipynb #7fb046bd
 import bz2
@@ -303,6 +303,53 @@ def bench_sweeps(
     return dict(bench="sweeps", profile=profile, labelled=labelled, unlabelled=unlabelled, **{f"hours_{k}": round(v, 2) for k, v in hours.items()},
                 hours=round(sum(hours.values()), 1), materials_per_s=of("materials_per_s"), ratio_to_bare_step=of("ratio_to_bare_step"),
                 device=pick_device(device).type)
+
+# %% ../nbs/14_bench.ipynb #28a1c71f
+def bench_predict(
+    data: MaterialSet,  # whose patterns are drawn
+    n: int = 1000,  # patterns
+    candidates: int = 100_000,  # known materials; after the last of the shipped index follows the first again
+    rounds: int = 5,  # after a first one that does not count; medians are taken
+) -> dict[str, object]:
+    "Predictions a second, seconds of a search and of a first answer, each beside its reference. Raises `ValueError` for settings that cannot work."
+    from xxact.patterns import Pattern, write_pattern
+    from xxact.predict import Predictor, as_inputs, ask, formula_of
+
+    if min(n, candidates, rounds) < 1: raise ValueError(f"patterns={n}, candidates={candidates} and rounds={rounds} must be at least 1")
+    predictor, rows = Predictor.load(), torch.arange(n) % len(data)
+    drawn = [render(data.batch(some).reflections, "lab", n_points=8500, generator=draws(0, k)) for k, some in enumerate(rows.split(64))]
+    scans = [Pattern(d.two_theta.numpy(), y, CU_KA) for d in drawn for y in d.intensity.numpy()]
+    formulas, ready = [formula_of(data, int(i)) for i in rows], as_inputs(None, scans)
+    index = predictor.index.take(torch.arange(candidates) % len(predictor.index.formula))
+    table = index.embedding.float().numpy() / 127
+    tasks = dict(
+        bare=lambda: ask(predictor.model, ready), pattern=lambda: predictor.predict(None, scans), both=lambda: predictor.predict(formulas, scans),
+        product=lambda: (table @ table[0]).argsort(), search=lambda: predictor.search(ready[0].pattern, index))
+    script = """if True:
+        import sys, time
+        start = time.perf_counter()
+        import torch
+        print(time.perf_counter() - start)
+        from xxact.predict import Predictor
+        Predictor.load().predict(sys.argv[1], sys.argv[2])
+        print(time.perf_counter() - start)"""
+
+    def turn() -> dict[str, float]:
+        "Seconds of each task, one after the other."
+        with tempfile.TemporaryDirectory() as folder:
+            write_pattern(scans[0], scan := Path(folder, "scan.xy"))
+            done = subprocess.run([sys.executable, "-c", script, formulas[0], scan], capture_output=True, text=True)
+        if done.returncode: raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        return {k: seconds_of(task) for k, task in tasks.items()} | dict(zip(("library", "first"), map(float, done.stdout.split()), strict=True))
+
+    turn()
+    turns = [turn() for _ in range(rounds)]
+    median = lambda of, digits: round(float(np.median([of(t) for t in turns])), digits)
+    return dict(
+        bench="predict", predictions_per_s=median(lambda t: n / t["pattern"], 1), predictions_with_formula_per_s=median(lambda t: n / t["both"], 1),
+        ratio_to_bare_network=median(lambda t: t["bare"] / t["pattern"], 3), search_ms=median(lambda t: 1e3 * t["search"], 1),
+        search_ratio_to_product=median(lambda t: t["search"] / t["product"], 2), first_answer_s=median(lambda t: t["first"], 2),
+        first_answer_ratio_to_import=median(lambda t: t["first"] / t["library"], 2), n=n, candidates=candidates, rounds=rounds, device="cpu")
 
 # %% ../nbs/14_bench.ipynb #bc8c5bee
 def record(

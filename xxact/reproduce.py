@@ -940,6 +940,12 @@ def speed_table(
         elif bench == "train":
             share = f"{row['ratio_to_bare_step']:.2f} of the bare network's; samples are drawn in {100 * row['render_share']:.1f} % of a step"
             add(f"materials in training: {task}, size `{size}` ({device}, {row['precision']})", row["materials_per_s"], share)
+        elif bench == "predict":
+            add("answers to scans of 8,500 points", row["predictions_per_s"], f"{row['ratio_to_bare_network']:.2f} of the bare network's")
+            add(f"searches of {row['candidates']:,} known materials", 1000 / row["search_ms"],
+                f"{row['search_ratio_to_product']:.0f} times as long as a product of the embeddings")
+            add("first answers, weights and libraries to be loaded", 1 / row["first_answer_s"],
+                f"{row['first_answer_ratio_to_import']:.1f} times as long as `import torch`")
     return _as_markdown(lines)
 
 
@@ -999,6 +1005,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--rounds", type=int, default=0, help="how many rounds (default: 5 on a GPU, 20 on a CPU)")
     p.add_argument("--precision", default="auto", help="fp32, bf16 or auto (default: auto, bf16 on a GPU)")
     p.add_argument("--compile", default="auto", help="on, off or auto (default: auto, on a GPU)")
+    p = bench.add_parser("predict", help="the shipped weights' answers, against the bare network")
+    p.add_argument("--dataset", default="", metavar="SOURCE", help="anything that can be prepared, whose patterns are drawn (default: as above)")
+    p.add_argument("--patterns", type=int, default=1000, dest="n", help="how many (default: 1000)")
+    p.add_argument("--candidates", type=int, default=100_000, help="known materials that are searched (default: 100000)")
+    p.add_argument("--rounds", type=int, default=5, help="how many rounds (default: 5)")
     p = bench.add_parser("sweeps", help="hours that the sweeps of a profile will take here")
     p.add_argument("--dataset", default="", metavar="SOURCE", help="materials to measure the speed on (default: as above)")
     p.add_argument("--profile", default="laptop", help="of settings.ini (default: laptop)")
@@ -1127,13 +1138,13 @@ def _card(a: argparse.Namespace) -> int:
 
 
 def _bench(a: argparse.Namespace) -> int:
-    from xxact.bench import bench_diffraction, bench_prepare, bench_sweeps, bench_train, one_core, read_crystals, read_records, record
+    from xxact.bench import bench_diffraction, bench_predict, bench_prepare, bench_sweeps, bench_train, one_core, read_crystals, read_records, record
     root, real = project_root(), Path(os.environ.get("XXACT_REAL_DATA", ""), "mp/structures.parquet")
     dataset = a.dataset or (str(real) if real.exists() else "prototypes:1000")
     options = {k: v for k, v in vars(a).items() if k not in ("command", "what", "dataset")}
-    if a.what in ("train", "sweeps"):
-        measure = bench_train if a.what == "train" else bench_sweeps
-        cores, data = nullcontext(), _load_set(dataset, "mp" if dataset == str(real) else "")
+    with_sets = dict(train=bench_train, sweeps=bench_sweeps, predict=bench_predict)
+    if a.what in with_sets:
+        cores, measure, data = nullcontext(), with_sets[a.what], _load_set(dataset, "mp" if dataset == str(real) else "")
     elif a.what == "prepare":
         cores, measure, data = one_core(), bench_prepare, read_records(dataset, "wbm" if dataset == str(real) else None)
     else:
