@@ -1,4 +1,4 @@
-# Two commands: `make reproduce` runs the main job, `make test` checks everything. Each sets up .venv first.
+# Two commands: `make reproduce` runs the main job, `make test` checks all but what takes long. Each sets up .venv first.
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 export PIP_ARGS ?=
 BIN := .venv/bin
