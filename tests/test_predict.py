@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -462,6 +463,13 @@ def test_the_command_answers_for_files_and_formulas(weights, predictor, tmp_path
     assert main(["predict", "--formula", "TiO2", "--weights", weights]) == 0
     said = capsys.readouterr().out
     assert "crystal system" in said and "volume (Å³/atom)" in said and "±" in said
+    twin = tmp_path / "other" / good.name
+    twin.parent.mkdir()
+    shutil.copy(good, twin)
+    shutil.copy(good, tmp_path / "c.xy")
+    assert main(["predict", str(good), str(twin), str(tmp_path / "c.xy"), "--wavelength", "1.5406", "--weights", weights]) == 0
+    names = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert names == [str(good), str(twin), "c.xy"]  # equal names with their folders
 
 
 def test_a_terminal_that_has_no_greek_letters(weights, tmp_path, monkeypatch):

@@ -1310,10 +1310,10 @@ def _predict(a: argparse.Namespace) -> int:
         done = _one_by_one(done, lambda one: one.result | predictor.predict(a.formula, one.result.pop("pattern")).to_dicts()[0])
     if a.json: print(_answers(done))
     else:
-        rows = []
+        rows, names = [], Counter(d.file.name for d in done if d.file)
         for file, r, error, _ in done:
             if error is not None: continue
-            row = dict(file=_shown(file.name) if file else "", formula=r["formula"] or "")
+            row = dict(file=_shown(file.name if names[file.name] == 1 else file) if file else "", formula=r["formula"] or "")
             name = lambda t: f"{t.removesuffix('_per_atom').replace('_', ' ')} ({TARGETS[t]})"
             row |= {name(t): f"{r[t]:.3f} ± {r[t + '_std']:.3f}" for t in TARGETS if t in r}
             row |= {k.replace("_", " "): f"{r[k]} ({r[k + '_p']:.0%})" for k in ("crystal_system", "space_group")}
