@@ -17,7 +17,7 @@ from xxact.diffraction import (LN_Q, MEASUREMENTS, N_PEAKS, N_WINDOWS, NARROWEST
                                Measurement, Reflections, batch_reflections, crystal_reflections, draw, draw_measurement, hide, lorentz_polarisation,
                                observe, peak_shape, peaks, perturb, reflections, render, structure_reflections, to_grid, two_theta_of,
                                window_pattern)
-from xxact.reproduce import main
+from xxact.reproduce import main, speed_table
 
 REAL = os.environ.get("XXACT_REAL_DATA")
 
@@ -457,6 +457,8 @@ def test_bench_prints_one_line_of_json_last(options, measured, tmp_path, monkeyp
     assert all(result[k] > 0 for k in measured)
     (file,) = (tmp_path / "figures/bench").glob("*.jsonl")
     assert file.name.startswith(options[0]) and json.loads(file.read_text())["hardware"]
+    shown = speed_table("", tmp_path).splitlines()
+    assert len(shown) > 2 and not any("| 0 |" in line for line in shown)
 
 
 def test_dense_lines_do_not_make_a_chain():

@@ -1,18 +1,32 @@
 "The experiment notebooks, small; the runner; and the command line."
 import json
+import math
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
 import polars as pl
 import pytest
 
-from xxact.reproduce import NotebookFailed, load_table, main, parameters, read_results, reproduce, results_table, update_readme
+from xxact.materials import MaterialSet
+from xxact.reproduce import (
+    NotebookFailed,
+    changes_table,
+    compare_models,
+    load_table,
+    main,
+    parameters,
+    read_results,
+    reproduce,
+    results_table,
+    update_readme,
+)
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(dataset="prototypes:240", epochs="1", pretrain_epochs="1", batch_size="16", pretrain_batch_size="16")
@@ -242,6 +256,30 @@ def test_a_hash_of_digits_stays_text(tmp_path):
     head = "model,id,commit,data,pretrained,seed,training_materials,seconds,crystal_system/accuracy"
     (tmp_path / "figures/p/results.csv").write_text(f"{head}\nxrd,1234567890,1234567,12e4567,,0,10,1.0,0.5\n")
     assert results_table("p", tmp_path).splitlines()[-1].endswith("| 50.0 % | 1 | 10 | 1 | 1234567 |")
+
+
+def test_changes_of_errors(tmp_path):
+    data = MaterialSet.from_table(load_table("prototypes:100", cache=tmp_path), ["volume_per_atom"])
+    truth = data.targets[data.indices("test"), 0].numpy()
+    wrong_by = lambda factor: SimpleNamespace(id="r", predictions=pl.DataFrame(dict(volume_per_atom=truth * factor)))
+    found = compare_models({"composition": [wrong_by(1.2)], "both": [wrong_by(1.1), wrong_by(1 / 1.1)], "xrd": [wrong_by(1.5)]}, data)
+    changes = dict(zip(found["model"], found["change"], strict=True))  # of those that are always compared, and of the last
+    assert changes == pytest.approx({m: math.log(f) / math.log(1.2) - 1 for m, f in (("both", 1.1), ("xrd", 1.5))})
+    assert set(found["against"]) == {"composition"} and len(compare_models({"xrd": [wrong_by(2)]}, data)) == 0
+    lost = SimpleNamespace(id="lost", predictions=None)
+    with pytest.raises(ValueError, match="run lost is known by its row alone"): compare_models({"composition": [lost], "both": [lost]}, data)
+
+
+def test_a_table_of_changes_has_each_target_in_its_column(tmp_path):
+    (tmp_path / "figures/p").mkdir(parents=True)
+    file, head = tmp_path / "figures/p/06_changes.csv", "model,against,target,materials,change,low,high,split\n"
+    file.write_text(head + "a,b,volume_per_atom,9,0.1,0,0.2,composition\na,b,band_gap,9,-0.1,-0.2,0,chemistry\n")
+    first, _, *rows = changes_table("p", tmp_path).splitlines()
+    assert first.split(" | ")[-2:] == ["ln volume", "band gap |"]
+    assert [["%" in cell for cell in row.split("|")[4:6]] for row in rows] == [[True, False], [False, True]]
+    file.write_text(head)
+    assert len(changes_table("p", tmp_path).splitlines()) == 2
+    with pytest.raises(ValueError, match="make reproduce PROFILE=p"): changes_table("p", tmp_path, "changes")
 
 
 def test_readme_says_what_the_files_say(tmp_path):

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from .fusion import choose
-from .reproduce import defaults, experiments, parameters, profiles, project_root, results_table
+from .reproduce import accuracy_table, defaults, experiments, parameters, profiles, project_root, results_table
 from .trainer import write_whole
 
 # %% ../nbs/15_pages.ipynb #9a921042
@@ -158,7 +158,8 @@ def write_index(
         except (ValueError, OSError, LookupError, SyntaxError) as e:
             sections.append(f'<h2 id="{name}">{name}</h2>' + _missing(f"It cannot be shown: {e}"))
     contents = "".join(f'<li><a href="#{name}">{html.escape(heading(n)[0])}</a></li>' for name, n in notebooks.items())
-    try: results = markdown(results_table(profile, root))
+    shown = accuracy_table if (root / "figures" / profile / "06_accuracy.csv").exists() else results_table
+    try: results = markdown(shown(profile, root))
     except Exception as e: results = _missing(f"No table of results: {e}")  # a table of any kind of damage
     body = f"<h1>Results, profile {profile}</h1>\n<ol>{contents}</ol>\n<h2>Models</h2>\n{results}\n" + "\n".join(sections)
     write_whole(out, page(f"xxact: {profile}", body))

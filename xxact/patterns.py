@@ -66,10 +66,10 @@ def _one_scan(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[order], y[order]
 
 
-def _check_known(known: int, n: int) -> None:
+def _check_known(known: int, n: int, stacklevel: int) -> None:
     "Warn of points that are no numbers, or raise `ValueError` where they are too many."
     if known < max(10, 0.5 * n): raise ValueError(f"only {known} of {n} points are numbers; at least 10 and half of them are needed")
-    if known < n: warnings.warn(f"{n - known} of {n} points are no numbers and are left out", stacklevel=4)
+    if known < n: warnings.warn(f"{n - known} of {n} points are no numbers and are left out", stacklevel=stacklevel)
 
 
 class Scan(NamedTuple):
@@ -112,7 +112,7 @@ def _from_columns(x: np.ndarray, y: np.ndarray, wavelength: float | str | None, 
     x, y = np.asarray(x, float), np.asarray(y, float)
     if x.ndim != 1 or x.shape != y.shape: raise ValueError(f"angles {x.shape} and intensities {y.shape} must be two columns of one length")
     known = np.isfinite(x) & np.isfinite(y)
-    _check_known(known.sum(), len(x))
+    _check_known(known.sum(), len(x), 4)
     if not known.all(): x, y = x[known], y[known]
     if wavelength is None:
         warnings.warn("no wavelength is known: Cu Kα (1.54184 Å) is taken; give wavelength=…", stacklevel=3)
@@ -247,7 +247,7 @@ def _read_columns(lines: Iterator[str]) -> Scan:
         except ValueError: raise ValueError(_bad_number(zip((i for i, _ in numbered), rows, strict=True), columns, separator)) from None
         n_rows += len(values)
         for column, some in zip(table, values[np.isfinite(values[:, :2]).all(1)].T, strict=True): column.frombytes(some.tobytes())
-    _check_known(len(table[0]), n_rows)
+    _check_known(len(table[0]), n_rows, 5)
     x, y, *d = map(np.frombuffer, table)
     wavelength, metadata = _header_wavelength(head)
     if d: wavelength = float(np.median(2 * d[0] * np.sin(np.radians(x / 2))))

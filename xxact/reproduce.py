@@ -9,8 +9,8 @@ __all__ = ['ARMS', 'OPTIONS', 'MODELS', 'ABLATIONS', 'DEFAULT_TARGETS', 'REFEREN
            'wanted_targets', 'Run', 'provenance', 'keep_row', 'kept_predictions', 'find_row', 'pretrain',
            'enough_epochs', 'load_pretraining', 'pretraining_scores', 'finetune', 'write_predictions', 'dummy_scores',
            'ship', 'NotebookFailed', 'run_notebook', 'reproduce', 'read_results', 'results_table', 'accuracy_table',
-           'keep_verdict', 'verdicts', 'seeds_errors', 'compare_models', 'changes_table', 'update_readme', 'conditions',
-           'predictor_table', 'speed_table', 'main']
+           'keep_verdict', 'verdicts', 'short_name', 'seeds_errors', 'compare_models', 'changes_table', 'update_readme',
+           'conditions', 'predictor_table', 'speed_table', 'main']
 
 # %% ../nbs/12_reproduce.ipynb #7101ca53
 import argparse
@@ -856,6 +856,11 @@ def verdicts(
                      for p in sorted(folder.glob("[0-9]*.md")))
 
 
+def short_name(target: str) -> str:
+    "What a target is called in a table, without its unit."
+    return SHOWN.get(f"{target}/mae", SHOWN.get(f"{target}/mae_ln", target)).partition(" (")[0]
+
+
 COMPARED = [("both", "composition"), ("both-pretrained", "composition"), ("both-pretrained", "composition-pretrained"), ("both-pretrained", "both"),
             ("both-pretrained", "concat-pretrained"), ("composition-pretrained", "composition")]  # a model, and what it is compared with
 
@@ -866,7 +871,8 @@ def seeds_errors(
     target: str,
 ) -> np.ndarray:  # (n,) NaN where the truth is unknown
     "Absolute errors on the test side, averaged over the seeds. Raises `ValueError` where a run has no predictions."
-    if lost := [r.id for r in runs if r.predictions is None]: raise ValueError(f"run {lost[0]} is known by its row alone, without predictions")
+    if lost := [r.id for r in runs if r.predictions is None]:
+        raise ValueError(f"run {lost[0]} is known by its row alone, without predictions; REUSE=false makes it again")
     truth = data.targets[data.indices("test"), data.target_names.index(target)].numpy()
     return np.mean([absolute_errors(r.predictions[target].to_numpy(), truth, target) for r in runs], 0)
 
@@ -874,11 +880,12 @@ def seeds_errors(
 def compare_models(
     models: Mapping[str, Sequence[Run]],  # of each, a run a seed
     data: MaterialSet,
-) -> "pl.DataFrame":  # model, against, target, materials, change and its 95 % interval over compositions; a row for each of `COMPARED` and target
-    "Change of a model's mean error against another's, on the same test materials."
+) -> "pl.DataFrame":  # model, against, target, materials, change and its 95 % interval over compositions
+    """Change of a model's mean error against another's on the same test materials, for each of `COMPARED`, and for the last model against
+    compositions alone. Raises `ValueError` where a run has no predictions."""
     import polars as pl
-    composition, rows = data.composition[data.indices("test")].numpy(), []
-    for model, against in COMPARED:
+    composition, last, rows = data.composition[data.indices("test")].numpy(), [*models][-1], []
+    for model, against in dict.fromkeys([*COMPARED, *((last, c) for c in ("composition", "composition-pretrained") if c != last)]):
         for t in data.target_names if {model, against} <= set(models) else []:
             errors, reference = (seeds_errors(models[m], data, t) for m in (model, against))
             known = np.isfinite(errors)
@@ -894,16 +901,15 @@ def changes_table(
     root: Path,
     name: str = "06_changes",
 ) -> str:  # Markdown
-    "How the errors of a profile's models compare, from the file that the accuracy notebook wrote, or another."
-    import polars as pl
-    label = lambda t: SHOWN.get(f"{t}/mae", SHOWN.get(f"{t}/mae_ln", t)).partition(" (")[0]
-    table: dict[tuple, dict] = {}
-    for r in pl.read_csv(root / "figures" / profile / f"{name}.csv").iter_rows(named=True):
+    "How the errors of a profile's models compare, from the file that a notebook wrote. Raises `ValueError` where there is none."
+    df, table = read_results(profile, root, name), {}
+    for r in df.iter_rows(named=True):
         cell = f"{r['change']:+.1%} ({r['low']:+.1%} to {r['high']:+.1%})"
         split = [NEW[r["split"]]] if "split" in r else []
-        table.setdefault((*split, r["model"], r["against"]), {})[label(r["target"])] = cell.replace("%", " %")
-    keys, columns = len(next(iter(table))), next(iter(table.values()))
-    return _as_markdown([[*("test materials of", "model", "against")[-keys:], *columns], *([*k, *v.values()] for k, v in table.items())])
+        table.setdefault((*split, r["model"], r["against"]), {})[r["target"]] = cell.replace("%", " %")
+    targets = df["target"].unique(maintain_order=True).to_list()
+    head = [*(["test materials of"] if "split" in df.columns else []), "model", "against", *map(short_name, targets)]
+    return _as_markdown([head, *([*k, *(v.get(t, "") for t in targets)] for k, v in table.items())])
 
 
 def _with_spread(values: "pl.Series", percent: bool) -> str:
@@ -939,7 +945,8 @@ def conditions(
     import polars as pl
     df = read_results(profile, root, name).filter(pl.col("id").is_not_null())
     row, machines = df.row(0, named=True), " or ".join(df["hardware"].unique(maintain_order=True))
-    return (f"Profile `{profile}`: data `{row['dataset']}`, {int(row['crystal_system/n']):,} test materials, size `{row['size']}`, "
+    tested = " and ".join(f"{n:,}" for n in df["crystal_system/n"].cast(int).unique(maintain_order=True))  # of each split
+    return (f"Profile `{profile}`: data `{row['dataset']}`, {tested} test materials, size `{row['size']}`, "
             f"{df['seed'].n_unique()} seed(s), {row['epochs']} epochs in batches of {row['batch_size']}, {machines}, {row['versions']}.")
 
 
@@ -972,7 +979,8 @@ def speed_table(
             newest[row["bench"], row.get("task"), row.get("size"), row["device"] if "device" in row else "cpu"] = row
     lines = [["what", "a second", "speed", "hardware", "commit"]]
     for (bench, task, size, device), row in newest.items():
-        add = lambda what, rate, speed: lines.append([what, f"{rate:,.0f}", speed, row["hardware"].replace("thread(s) on", "of"), row["commit"]])  # noqa: B023
+        machine = row["hardware"].replace("thread(s) on", "of"), row["commit"]
+        add = lambda what, rate, speed: lines.append([what, f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", speed, *machine])  # noqa: B023
         if bench == "diffraction":
             add("reflections of real structures", row["reflections_per_s"], f"{row['reflections_ratio_to_pymatgen']:.0f} times pymatgen's")
             add(f"`lab` patterns of 4,096 points ({device})", row["render_patterns_per_s"], "")
@@ -982,7 +990,8 @@ def speed_table(
             share = f"{row['ratio_to_bare_step']:.2f} of the bare network's; samples are drawn in {100 * row['render_share']:.1f} % of a step"
             add(f"materials in training: {task}, size `{size}` ({device}, {row['precision']})", row["materials_per_s"], share)
         elif bench == "predict":
-            add("answers to scans of 8,500 points", row["predictions_per_s"], f"{row['ratio_to_bare_network']:.2f} of the bare network's")
+            share = f"{row['ratio_to_bare_network']:.2f} of the bare network's"
+            add(f"answers to scans of {row['points']:,} points", row["predictions_per_s"], share)
             add(f"searches of {row['candidates']:,} known materials", 1000 / row["search_ms"],
                 f"{row['search_ratio_to_product']:.0f} times as long as a product of the embeddings")
             add("first answers, weights and libraries to be loaded", 1 / row["first_answer_s"],
