@@ -112,6 +112,7 @@ def test_every_format_reads_to_the_same_scan(tmp_path, name):
     st.booleans(),
     st.integers(0, 2**31),
 )
+@pytest.mark.filterwarnings("ignore:.*2θ ends at")
 def test_columns_come_back_whatever_separates_them(tmp_path_factory, n, low, step, separator, commas, seed):
     x, y = low + step * np.arange(n), np.random.default_rng(seed).normal(0, 100, n)
     text = "".join(f"{a:.6f}{separator}{b:.4e}\n" for a, b in zip(x, y))
@@ -540,6 +541,51 @@ def test_files_of_any_format_become_columns(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "q.csv"), "--wavelength", "1.5406", "--out", str(tmp_path / "other")]) == 0
     np.testing.assert_allclose(read_pattern(tmp_path / "other" / "q.xy").two_theta, X, atol=1e-5)
     with pytest.warns(UserWarning, match="own wavelength 1.54184 Å is used"): read_pattern(out / "q.xy", "MoKa")  # assumed, but the angles hang on it
+
+
+def test_files_of_one_name_are_converted_apart(tmp_path, capsys):
+    files = [tmp_path / folder / "a.xy" for folder in ("one", "two")]
+    for k, file in enumerate(files):
+        file.parent.mkdir()
+        np.savetxt(file, np.c_[X, Y + k])
+    assert main(["convert", *map(str, files), "--wavelength", "CuKa", "--out", str(tmp_path / "out")]) == 0
+    for k, name in enumerate(("one_a.xy.xy", "two_a.xy.xy")):
+        np.testing.assert_array_equal(read_pattern(tmp_path / "out" / name).intensity, Y + k)
+
+
+@pytest.mark.parametrize("at", [5, 20, 150])
+@pytest.mark.filterwarnings("ignore:2 ranges that overlap")
+def test_a_step_back_is_put_in_order(at):
+    x, y = X.copy(), Y.astype(float)
+    x[[at, at + 1]], y[[at, at + 1]] = x[[at + 1, at]], y[[at + 1, at]]
+    with pytest.warns(UserWarning, match="2 ranges that overlap are joined"): p = as_pattern(x, y, "CuKa")
+    np.testing.assert_array_equal(p.two_theta, X), np.testing.assert_array_equal(p.intensity, Y)
+    again = np.append(x, X), np.append(y, Y + 1)  # and the whole scan once more
+    with pytest.warns(UserWarning, match="the first of 2 scans is read"): p = as_pattern(*again, "CuKa")
+    np.testing.assert_array_equal(p.two_theta, X), np.testing.assert_array_equal(p.intensity, Y)
+
+
+def test_masked_points_are_left_out():
+    angles = np.ma.masked_inside(X, 11, 12)
+    with pytest.warns(UserWarning) as told: p = as_pattern(angles, Y, "CuKa")
+    assert "are no numbers and are left out" in str(told[0].message) and "there are no points between" in str(told[1].message)
+    np.testing.assert_array_equal(p.two_theta, angles.compressed())
+    for bad in ({}, ["a"] * 20, [[1], [2, 3]]):
+        with pytest.raises(ValueError, match="two columns"): as_pattern(bad, bad, "CuKa")
+
+
+def test_angles_that_are_rather_q_are_told(tmp_path):
+    np.savetxt(tmp_path / "a.xy", np.c_[4 * np.pi * np.sin(np.radians(X / 2)) / 1.5406, Y])
+    with pytest.warns(UserWarning, match="a.xy: 2θ ends at .*; if the column is q or d, say unit"): read_pattern(tmp_path / "a.xy", "CuKa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_pattern(tmp_path / "a.xy", "CuKa", "q"), read_pattern(tmp_path / "a.xy", "MoKa"), read_pattern(tmp_path / "a.xy", "CuKa", "two_theta")
+
+
+def test_a_row_that_is_cut_is_told(tmp_path):
+    file = tmp_path / "cut.uxd"
+    file.write_text(FILES["b.uxd"][: FILES["b.uxd"].rindex(" ")])
+    with pytest.raises(ValueError, match="cut.uxd: is cut off or damaged"): read_pattern(file)
 
 
 @pytest.mark.parametrize("text, reason", {

@@ -58,9 +58,10 @@ def _one_scan(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(starts) > 1 + len(x) // 100:
         i = starts[1]
         raise ValueError(f"the angles go up and down ({x[i - 1]:g}° is followed by {x[i]:g}°); a column of angles and one of intensities are needed")
-    if (x[starts[1:]] <= x[0] + 0.1 * np.ptp(x)).any():
-        warnings.warn(f"the first of {len(starts)} scans is read", stacklevel=4)
-        return x[: starts[1]], y[: starts[1]]
+    back, tenth = starts[1:], 0.1 * np.ptp(x)
+    if len(again := back[(x[back] <= x[0] + tenth) & (x[back - 1] > x[back] + tenth)]):  # not just a step back
+        warnings.warn(f"the first of {len(again) + 1} scans is read", stacklevel=4)
+        return _one_scan(x[: again[0]], y[: again[0]])
     warnings.warn(f"{len(starts)} ranges that overlap are joined", stacklevel=4)
     order = x.argsort(kind="stable")
     return x[order], y[order]
@@ -91,7 +92,9 @@ def as_pattern(
     metadata: dict | None = None,
 ) -> Pattern:
     "A pattern from columns of numbers, put in order. Raises `ValueError` for what is no pattern."
-    return _from_columns(np.array(x, float), np.array(intensity, float), wavelength, unit, metadata)
+    try: x, y = (np.array(np.ma.asarray(column, float).filled(np.nan)) for column in (x, intensity))
+    except (TypeError, ValueError): raise ValueError("angles and intensities must be two columns of numbers") from None
+    return _from_columns(x, y, wavelength, unit, metadata)
 
 
 def _merged(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +134,7 @@ def _from_columns(x: np.ndarray, y: np.ndarray, wavelength: float | str | None, 
     n, beyond = len(x), np.searchsorted(x, 0, "right")
     x, y = x[beyond:], y[beyond:]
     if (many := min(len(x), 1) + np.count_nonzero(x[1:] > x[:-1])) < max(10, 0.6 * n):
-        raise ValueError(f"only {many} different angles above 0° in {n} points; are the columns separated as they seem?")
+        raise ValueError(f"only {many} different angles above 0° in {n} points; are they rounded, or the columns not separated as they seem?")
     if many < len(x): x, y = _merged(x, y)
     steps = np.subtract(x[1:], x[:-1], dtype=np.float32)
     if steps[widest := steps.argmax()] > max(0.5, 20 * steps.mean()):
@@ -592,11 +595,15 @@ def read_pattern(
             warnings.warn(f"{path}: column 1 is taken for q in {q}; say unit='two_theta' if it is not", stacklevel=2)
         metadata = scan.metadata | (dict(wavelength_assumed=True) if not (found or wavelength) and known == "two_theta" else {})
         columns, scan = [scan.y, scan.x], scan._replace(x=None, y=None)  # given away, so that what is replaced there is freed
-        return _from_columns(columns.pop(), columns.pop(), found or wavelength or CU_KA, known, metadata)
+        p = _from_columns(columns.pop(), columns.pop(), found or wavelength or CU_KA, known, metadata)
+        if not (unit or scan.unit or scan.hint) and p.wavelength > 1 and p.two_theta[-1] < 15:
+            warnings.warn(f"{path}: 2θ ends at {p.two_theta[-1]:g}°; if the column is q or d, say unit='q', 'q_nm' or 'd'", stacklevel=2)
+        return p
     except FileNotFoundError: raise ValueError(f"{' '.join(str(path).split())}: no such file") from None
     except _BROKEN as e:
         reason = " ".join(str(e).split()) or type(e).__name__
         if isinstance(e, zipfile.BadZipFile | ElementTree.ParseError | struct.error): reason = f"is cut off or damaged ({reason})"
+        if "use `usecols`" in reason: reason = f"is cut off or damaged ({reason.partition(';')[0]})"
         if "is not a multiple of n=" in reason: reason = f"is cut off, or a row of a loop is too short or too long ({reason})"
         name = " ".join(str(path).split())  # a line break in it, too
         raise ValueError(f"{name}: {f'lacks {reason}' if isinstance(e, KeyError) else reason[:300]}") from e

@@ -1326,7 +1326,7 @@ def _predict(a: argparse.Namespace) -> int:
             name = lambda t: f"{t.removesuffix('_per_atom').replace('_', ' ')} ({TARGETS[t]})"
             row |= {name(t): f"{r[t]:.3f} ± {r[t + '_std']:.3f}" for t in TARGETS if t in r}
             row |= {k.replace("_", " "): f"{r[k]} ({r[k + '_p']:.0%})" for k in ("crystal_system", "space_group")}
-            row |= {"most like": f"{r['nearest_formula']}, {r['nearest']} ({r['nearest_match']:.0%})"} if r["nearest"] else {}
+            row |= {"most like, whatever the formula": f"{r['nearest_formula']}, {r['nearest']} ({r['nearest_match']:.0%})"} if r["nearest"] else {}
             rows.append(row | {"like the training data": "yes" if r["in_domain"] else "no"})
         if len(rows) == 1: _print_table(pl.DataFrame(dict(quantity=list(rows[0]), prediction=list(rows[0].values()))))
         elif rows: _print_table(pl.DataFrame(rows))
@@ -1359,10 +1359,11 @@ def _convert(a: argparse.Namespace) -> int:
     if a.out and a.out.is_file(): raise ValueError(f"--out {a.out} is a file; give a folder")
     if a.wavelength is not None: as_wavelength(a.wavelength)
     if a.out: a.out.mkdir(parents=True, exist_ok=True)
-    names = Counter((a.out or file.parent, file.stem) for file in a.files)
+    names = Counter((a.out or file.parent, name) for file in a.files for name in {file.stem, file.name})
     def convert(one: _Done) -> None:
         file, folder = one.file, a.out or one.file.parent
-        target = folder / f"{file.stem if names[folder, file.stem] == 1 else file.name}.xy"
+        alone = next((name for name in (file.stem, file.name) if names[folder, name] == 1), f"{file.absolute().parent.name}_{file.name}")
+        target = folder / f"{alone}.xy"
         write_pattern(read_pattern(file, a.wavelength, a.unit), target)
         tqdm.write(_shown(target))
     return _status(_one_by_one([_Done(file) for file in a.files], convert))
