@@ -14,10 +14,13 @@ import numpy as np
 import polars as pl
 import pytest
 
+from xxact.composition import composition_key
 from xxact.materials import MaterialSet
+from xxact.predict import formula_of
 from xxact.reproduce import (
     NotebookFailed,
     changes_table,
+    change_said,
     compare_models,
     load_table,
     main,
@@ -181,6 +184,13 @@ def test_failing_notebook_stops_the_run(clone):
     (["reproduce", "--all", "ARMS=mxn"], "arms='mxn' does not exist; choose from scratch"),
     (["reproduce", "--only", "04_convergence", "ARMS=scratch"], "nothing to compare without mxm or contrastive or both"),
     (["reproduce", "--only", "06_accuracy", "SPLITS=random"], "choose from composition, chemistry"),
+    (["reproduce", "--only", "06_accuracy", "MODELS_BY_CHEMISTRY=all"], "models_by_chemistry='all' does not exist; choose from composition, xrd"),
+    (["reproduce", "--only", "06_accuracy", "SEEDS=0,00"], "seeds='0,00' has one twice"),
+    (["reproduce", "--only", "05_data_scaling", "SHARES=1,1.0"], "is one size; a power law needs two or more"),
+    (["reproduce", "--only", "04_convergence", "DATASET=prototypes:30", "SHARES=0.001,1"], "fewer than batch_size=32"),
+    (["reproduce", "--only", "04_convergence", "DATASET=prototypes:30", "SHARES=1", "BATCH_SIZE=8", "VALIDATION_MATERIALS=1500"],
+     "validation_materials=1500, but there are"),
+    (["reproduce", "--only", "03_finetune", "DATASET=prototypes:30", "MATERIALS=5000"], "materials=5000, but there are"),
     (["reproduce", "SHARES=1"], "01_data, 02_pretrain, 03_finetune has no parameter 'shares'"),
     (["reproduce", "MODELS=all"], "choose from composition, xrd"),
     (["reproduce", "DATASET=nowhere.parquet"], "nowhere.parquet: no such file"),
@@ -266,6 +276,14 @@ def test_changes_of_errors(tmp_path):
     changes = dict(zip(found["model"], found["change"], strict=True))  # of those that are always compared, and of the last
     assert changes == pytest.approx({m: math.log(f) / math.log(1.2) - 1 for m, f in (("both", 1.1), ("xrd", 1.5))})
     assert set(found["against"]) == {"composition"} and len(compare_models({"xrd": [wrong_by(2)]}, data)) == 0
+    wrong = truth * 1.2
+    wrong[0] *= 50  # one composition decides
+    far_off = SimpleNamespace(id="r", predictions=pl.DataFrame(dict(volume_per_atom=wrong)))
+    alone = compare_models({"composition": [far_off], "both": [wrong_by(1.1)]}, data)
+    place = int(data.indices("test")[0])
+    assert composition_key(alone["heaviest"][0]) == composition_key(formula_of(data, place))
+    assert alone["without"][0] == pytest.approx(changes["both"], abs=1e-4) and alone["change"][0] < alone["without"][0] - 0.1
+    assert f"; without {alone['heaviest'][0]} " in change_said(alone.row(0, named=True))
     lost = SimpleNamespace(id="lost", predictions=None)
     with pytest.raises(ValueError, match="run lost is known by its row alone"): compare_models({"composition": [lost], "both": [lost]}, data)
 

@@ -194,7 +194,7 @@ def test_the_hash_gives_the_side_of_split_of(hashes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composition, "composition_hash", int)
         expected = [split_of(str(h)) for h in hashes]
-    assert [SPLITS[i] for i in M._sides(np.array(hashes, np.uint64))] == expected
+    assert [SPLITS[i] for i in M.sides(np.array(hashes, np.uint64))] == expected
 
 
 def test_all_edges_of_the_split():
@@ -202,7 +202,7 @@ def test_all_edges_of_the_split():
         patch.setattr(composition, "composition_hash", int)
         for edge in (int(0.8 * 2**64), int(0.9 * 2**64)):
             hashes = np.arange(edge - 5000, edge + 5000, dtype=np.uint64)
-            sides = M._sides(hashes)
+            sides = M.sides(hashes)
             assert [SPLITS[i] for i in sides] == [split_of(str(h)) for h in hashes] and len(set(sides)) == 2
 
 

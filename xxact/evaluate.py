@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['regression_scores', 'classification_scores', 'calibration_error', 'scores', 'dummy', 'absolute_errors',
-           'bootstrap_means', 'relative_change', 'retrieval', 'speed_up', 'power_law', 'power_law_with_floor',
-           'elemental_statistics', 'boosted_trees', 'represent', 'probe', 'aligned', 'Effects', 'occlusion']
+           'bootstrap_means', 'relative_change', 'without_the_heaviest', 'retrieval', 'speed_up', 'power_law',
+           'power_law_with_floor', 'elemental_statistics', 'boosted_trees', 'represent', 'probe', 'aligned', 'Effects',
+           'occlusion']
 
 # %% ../nbs/10_evaluate.ipynb #4e79d141
 import math
@@ -117,17 +118,32 @@ def bootstrap_means(
 
 
 def relative_change(
-    errors: np.ndarray,  # (n,) absolute errors of a model
-    reference: np.ndarray,  # (n,) of another, on the same materials
+    errors: np.ndarray,  # (n,) absolute errors of a model, or (seeds, n)
+    reference: np.ndarray,  # (n,) or (seeds, n) of another, on the same materials
     composition: np.ndarray,  # (n,) equal for equal compositions, which are drawn together
     draws: int = 1000,
 ) -> tuple[float, float, float]:  # change of the mean error as a share of the reference's, and the ends of its 95 % interval
-    """How much a model's mean error differs from another's; what another seed of the training would have changed is not in the interval.
-    Raises `ValueError` for no errors."""
-    if not len(errors) or not reference.sum() > 0: raise ValueError("nothing to compare with: no errors, or all of the reference are 0")
-    mine, others = bootstrap_means(np.stack([errors, reference]), composition, draws).T
-    low, high = np.quantile(mine / others - 1, (0.025, 0.975))
-    return float(errors.mean() / reference.mean() - 1), float(low), float(high)
+    "How much a model's mean error differs from another's, over other compositions and other seeds. Raises `ValueError` for no errors."
+    mine, others = np.atleast_2d(errors), np.atleast_2d(reference)
+    if not mine.size or not others.sum() > 0: raise ValueError("nothing to compare with: no errors, or all of the reference are 0")
+    means, rng = bootstrap_means(np.concatenate([mine, others]), composition, draws), np.random.default_rng(1)
+    a, b = (np.take_along_axis(m, rng.integers(m.shape[1], size=m.shape), 1).mean(1) for m in np.split(means, [len(mine)], 1))
+    low, high = np.quantile(a / b - 1, (0.025, 0.975))
+    return float(mine.mean() / others.mean() - 1), float(low), float(high)
+
+
+def without_the_heaviest(
+    errors: np.ndarray,  # (n,) or (seeds, n), as above
+    reference: np.ndarray,  # (n,) or (seeds, n)
+    composition: np.ndarray,  # (n,)
+) -> tuple[int, float]:  # a material of the composition without which the change differs most, and the change without it
+    "Whether a single composition makes the change of a mean error. Raises `ValueError` for fewer than two compositions."
+    each, first, which = np.unique(composition, return_index=True, return_inverse=True)
+    if len(each) < 2: raise ValueError("two compositions or more are needed to leave one out")
+    mine, others = (np.bincount(which, np.atleast_2d(e).mean(0)) for e in (errors, reference))
+    change = (mine.sum() - mine) / (others.sum() - others).clip(min=1e-30) - 1
+    heaviest = np.abs(change - (mine.sum() / others.sum() - 1)).argmax()
+    return int(first[heaviest]), float(change[heaviest])
 
 # %% ../nbs/10_evaluate.ipynb #c9395ab8
 def retrieval(

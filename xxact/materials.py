@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'CRYSTAL_SYSTEMS', 'TablePath', 'crystal_system', 'table_schema', 'write_table', 'table_metadata',
-           'read_table', 'Batch', 'MaterialSet']
+           'read_table', 'sides', 'Batch', 'MaterialSet']
 
 # %% ../nbs/03_materials.ipynb #5015e1c1
 import hashlib
@@ -170,8 +170,10 @@ def _pack(x: np.ndarray, low: float, high: float) -> np.ndarray:
 def _unpack(x: Tensor, low: float, high: float) -> Tensor: return (x.float() + 32768) * ((high - low) / _BITS) + low
 
 
-def _sides(hashes: np.ndarray) -> np.ndarray:
-    "Places in `SPLITS` of composition hashes, with the rounding of `split_of`."
+def sides(
+    hashes: np.ndarray,  # (n,) uint64, `composition_hash` of each
+) -> np.ndarray:  # (n,) uint8
+    "Places in `SPLITS` of materials, with the rounding of `split_of`."
     u = hashes.astype(np.float64) / 2**64
     return (u >= 0.8).astype(np.uint8) + (u >= 0.9)
 
@@ -210,7 +212,7 @@ def _flatten(df: "pl.DataFrame", targets: Sequence[str]) -> dict[str, np.ndarray
         if t in ("volume_per_atom", "density"): refuse(labels[:, i] <= 0, f"{t} must be positive")
     hashes = df["composition"].to_numpy()
     return dict(ln_d=_pack(np.log(flat.pop("d_spacing")), *_LN_D), sqrt_intensity=_pack(np.sqrt(flat.pop("intensity")), 0, 1), **flat,
-                targets=labels, space_group=space_group, composition=hashes.view(np.int64), split=_sides(hashes),
+                targets=labels, space_group=space_group, composition=hashes.view(np.int64), split=sides(hashes),
                 names=np.frombuffer(("\n".join(ids) + "\n").encode(), np.uint8))
 
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ARMS', 'OPTIONS', 'MODELS', 'ABLATIONS', 'DEFAULT_TARGETS', 'REFERENCES', 'MAIN', 'SWEEPS', 'SHOWN', 'NEW',
            'COMPARED', 'BLOCKS', 'project_root', 'profiles', 'experiments', 'defaults', 'parameters_cell',
-           'parse_value', 'parameters', 'choose_factors', 'choose_arms', 'check_parameters', 'split_list', 'load_table',
-           'wanted_targets', 'Run', 'provenance', 'keep_row', 'kept_predictions', 'find_row', 'pretrain',
-           'enough_epochs', 'load_pretraining', 'pretraining_scores', 'finetune', 'write_predictions', 'dummy_scores',
-           'ship', 'NotebookFailed', 'run_notebook', 'reproduce', 'read_results', 'results_table', 'accuracy_table',
-           'keep_verdict', 'verdicts', 'short_name', 'seeds_errors', 'compare_models', 'changes_table', 'update_readme',
-           'conditions', 'predictor_table', 'speed_table', 'main']
+           'parse_value', 'parameters', 'choose_factors', 'choose_arms', 'check_parameters', 'check_materials',
+           'split_list', 'load_table', 'wanted_targets', 'Run', 'provenance', 'keep_row', 'kept_predictions',
+           'find_row', 'pretrain', 'enough_epochs', 'load_pretraining', 'pretraining_scores', 'finetune',
+           'write_predictions', 'dummy_scores', 'ship', 'NotebookFailed', 'run_notebook', 'reproduce', 'read_results',
+           'results_table', 'accuracy_table', 'keep_verdict', 'verdicts', 'short_name', 'seeds_errors',
+           'change_of_errors', 'compare_models', 'change_said', 'changes_table', 'update_readme', 'conditions',
+           'predictor_table', 'speed_table', 'main']
 
 # %% ../nbs/12_reproduce.ipynb #7101ca53
 import argparse
@@ -42,15 +43,15 @@ from torch import Tensor
 
 import xxact
 from . import __version__
-from .composition import ATOMIC_NUMBER, SPLITS, composition_hash, composition_key, parse_formula
+from .composition import ATOMIC_NUMBER, SPLITS, composition_hash, composition_key, formula_amounts, parse_formula, reduced_formula
 from .diffraction import AUGMENTATIONS, window_pattern
 from .encoders import TOKENISERS
-from .evaluate import absolute_errors, dummy, relative_change, retrieval, scores
+from .evaluate import absolute_errors, dummy, relative_change, retrieval, scores, without_the_heaviest
 from .fusion import FUSIONS, SIZES, XxaCT, choose, load_model, save_model, start_from
-from .materials import TARGETS, MaterialSet, read_table
+from .materials import TARGETS, MaterialSet, read_table, sides
 from .mxm import TrivialPredictors, hide_windows, window_errors
 from .patterns import UNITS, as_wavelength, read_pattern, to_reflections, write_pattern
-from .predict import Predictor, make_index, make_predictor, measured_set, read_references, score_predictor, score_references
+from .predict import Predictor, formula_of, make_index, make_predictor, measured_set, read_references, score_predictor, score_references
 from .trainer import RECIPE, Predictions, Pretraining, Supervised, draws, pick_device, predict, read_log, run_id, train, write_whole
 
 if TYPE_CHECKING:
@@ -192,7 +193,8 @@ def check_parameters(
         raise ValueError(f"modality_dropout={params['modality_dropout']} must be from 0 to 0.5")
     for key in ("models", "seeds", "shares", "splits"):
         if not split_list(params.get(key, "x")): raise ValueError(f"{key} is empty; give at least one")
-    for model in split_list(params.get("models", "")): choose("models", model, MODELS)
+    for key in ("models", "models_by_chemistry"):
+        for model in split_list(params.get(key, "")): choose(key, model, MODELS)
     if experiment in ARMS: choose_arms(params["arms"], experiment)
     choose_factors(params.get("factors", ""))
     for key in ("patterns", "weights"):
@@ -203,9 +205,27 @@ def check_parameters(
         try: right = 0 < float(share) <= 1
         except ValueError: right = False
         if not right: raise ValueError(f"shares={params['shares']!r} must be numbers above 0 and up to 1, comma-separated")
-    for seed in split_list(params.get("seeds", "")):
+    if experiment == "05_data_scaling" and len({float(s) for s in split_list(params["shares"])}) < 2:
+        raise ValueError(f"shares={params['shares']!r} is one size; a power law needs two or more")
+    seeds = split_list(params.get("seeds", ""))
+    for seed in seeds:
         if not seed.isdecimal(): raise ValueError(f"seeds={params['seeds']!r} must be whole numbers, comma-separated")
+    if len(seeds) > len(set(map(int, seeds))): raise ValueError(f"seeds={params['seeds']!r} has one twice")
     pick_device(params.get("device", "auto"))
+
+
+def check_materials(
+    params: dict[str, object],  # of one experiment
+    df: "pl.DataFrame",  # the material table
+) -> None:
+    "Raise `ValueError` where more materials are asked for than the table has, or a share of them that is less than a batch."
+    there = {side: int((sides(df["composition"].to_numpy()) == i).sum()) for i, side in enumerate(SPLITS)}
+    for key, side in dict(materials="train", validation_materials="val").items():
+        if (n := params.get(key, 0)) > there[side]:
+            raise ValueError(f"{key}={n}, but there are {there[side]} on the side {side!r} of the splits; give 0 (all) to {there[side]}")
+    for share in split_list(params.get("shares", "")):
+        if (n := round(float(share) * there["train"])) < params["batch_size"]:
+            raise ValueError(f"shares: {share} of {there['train']} training materials are {n}, fewer than batch_size={params['batch_size']}")
 
 
 def split_list(text: str) -> list[str]:
@@ -366,6 +386,12 @@ def keep_row(
     flat = lambda d: {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in d.items()}
     row = pl.DataFrame([dict(experiment=experiment) | flat(run.params) | flat(run.results)])
     table.parent.mkdir(parents=True, exist_ok=True)
+    made, kept = run.folder / "predictions.npz", kept_predictions(table, run)
+    if made.exists():  # before the row, which promises them
+        kept.parent.mkdir(exist_ok=True)
+        copy = kept.with_name(f".{kept.name}.{os.getpid()}")
+        shutil.copyfile(made, copy)
+        copy.replace(kept)
     with FileLock(table.with_name(f".{table.name}.lock")):
         if table.exists():
             old = pl.read_parquet(table).filter(~((pl.col("experiment") == experiment) & (pl.col("id") == run.id)))
@@ -373,10 +399,6 @@ def keep_row(
         temporary = table.with_name(f".{table.name}.{os.getpid()}")
         row.write_parquet(temporary)
         temporary.replace(table)
-    made, kept = run.folder / "predictions.npz", kept_predictions(table, run)
-    if made.exists():
-        kept.parent.mkdir(exist_ok=True)
-        shutil.copyfile(made, kept)
 
 
 def kept_predictions(table: Path, run: Run) -> Path:
@@ -756,7 +778,8 @@ def reproduce(
     chosen = parameters(root, profile, overrides or {}, only)
     for name, params in chosen.items(): check_parameters(params, name)
     for params in (p for p in chosen.values() if "dataset" in p):
-        wanted_targets(load_table(params["dataset"], params.get("source", "")), params.get("targets", ""))
+        df = load_table(params["dataset"], params.get("source", ""))
+        wanted_targets(df, params.get("targets", "")); check_materials(params, df)
     done = []
     for name, params in chosen.items():
         notebook, out, figures = experiments(root)[name], root / "runs" / profile, root / "figures" / profile
@@ -869,31 +892,61 @@ def seeds_errors(
     runs: Sequence[Run],  # of one model, a seed each
     data: MaterialSet,
     target: str,
-) -> np.ndarray:  # (n,) NaN where the truth is unknown
-    "Absolute errors on the test side, averaged over the seeds. Raises `ValueError` where a run has no predictions."
+) -> np.ndarray:  # (seeds, n) NaN where the truth is unknown
+    "Absolute errors on the test side. Raises `ValueError` where a run has no predictions."
     if lost := [r.id for r in runs if r.predictions is None]:
         raise ValueError(f"run {lost[0]} is known by its row alone, without predictions; REUSE=false makes it again")
     truth = data.targets[data.indices("test"), data.target_names.index(target)].numpy()
-    return np.mean([absolute_errors(r.predictions[target].to_numpy(), truth, target) for r in runs], 0)
+    return np.stack([absolute_errors(r.predictions[target].to_numpy(), truth, target) for r in runs])
+
+
+def change_of_errors(
+    runs: Sequence[Run],  # of a model, a seed each
+    against: Sequence[Run],  # of another
+    data: MaterialSet,
+    target: str,
+    among: np.ndarray | None = None,  # (n,) bool, which test materials; None: all
+) -> dict[str, object] | None:  # None where nothing is known
+    """Change of a model's mean error against another's on the same test materials with its interval, of the median error, and of the mean without
+    the composition that is heaviest. Raises `ValueError` where a run has no predictions."""
+    test = data.indices("test")
+    errors, reference, composition = seeds_errors(runs, data, target), seeds_errors(against, data, target), data.composition[test].numpy()
+    known = np.isfinite(errors[0]) & (True if among is None else among)
+    if not known.any(): return None
+    errors, reference, composition = errors[:, known], reference[:, known], composition[known]
+    change, low, high = relative_change(errors, reference, composition)
+    row = dict(materials=int(known.sum()), change=change, low=low, high=high,
+               median=float(np.median(errors, 1).mean() / max(np.median(reference, 1).mean(), 1e-30) - 1), heaviest=None, without=None)
+    if len(set(composition)) > 1:
+        i, row["without"] = without_the_heaviest(errors, reference, composition)
+        row["heaviest"] = reduced_formula(formula_amounts(formula_of(data, int(test[known][i]))))
+    return row
 
 
 def compare_models(
     models: Mapping[str, Sequence[Run]],  # of each, a run a seed
     data: MaterialSet,
-) -> "pl.DataFrame":  # model, against, target, materials, change and its 95 % interval over compositions
+) -> "pl.DataFrame":  # model, against, target, and what `change_of_errors` says
     """Change of a model's mean error against another's on the same test materials, for each of `COMPARED`, and for the last model against
     compositions alone. Raises `ValueError` where a run has no predictions."""
     import polars as pl
-    composition, last, rows = data.composition[data.indices("test")].numpy(), [*models][-1], []
+    last, rows = [*models][-1], []
     for model, against in dict.fromkeys([*COMPARED, *((last, c) for c in ("composition", "composition-pretrained") if c != last)]):
         for t in data.target_names if {model, against} <= set(models) else []:
-            errors, reference = (seeds_errors(models[m], data, t) for m in (model, against))
-            known = np.isfinite(errors)
-            if not known.any(): continue
-            change, low, high = relative_change(errors[known], reference[known], composition[known])
-            rows.append(dict(model=model, against=against, target=t, materials=int(known.sum()), change=change, low=low, high=high))
-    numbers = dict.fromkeys(("change", "low", "high"), pl.Float64)
+            if row := change_of_errors(models[model], models[against], data, t): rows.append(dict(model=model, against=against, target=t) | row)
+    numbers = dict.fromkeys(("change", "low", "high", "median"), pl.Float64) | dict(heaviest=pl.String, without=pl.Float64)
     return pl.DataFrame(rows, dict(model=pl.String, against=pl.String, target=pl.String, materials=pl.Int64) | numbers)
+
+
+def change_said(
+    r: Mapping[str, object],  # of `change_of_errors`, or of a file with its columns
+    digits: int = 0,
+) -> str:
+    "A change with its interval, and without the heaviest composition where that moves it by a per cent or more."
+    percent = lambda x: f"{100 * x:+.{digits}f} %"
+    without = r.get("without")
+    rest = f"; without {r['heaviest']} {percent(without)}" if without is not None and abs(without - r["change"]) >= 0.01 else ""
+    return f"{percent(r['change'])} ({percent(r['low'])} to {percent(r['high'])}{rest})"
 
 
 def changes_table(
@@ -904,9 +957,9 @@ def changes_table(
     "How the errors of a profile's models compare, from the file that a notebook wrote. Raises `ValueError` where there is none."
     df, table = read_results(profile, root, name), {}
     for r in df.iter_rows(named=True):
-        cell = f"{r['change']:+.1%} ({r['low']:+.1%} to {r['high']:+.1%})"
+        cell = change_said(r, 1)
         split = [NEW[r["split"]]] if "split" in r else []
-        table.setdefault((*split, r["model"], r["against"]), {})[r["target"]] = cell.replace("%", " %")
+        table.setdefault((*split, r["model"], r["against"]), {})[r["target"]] = cell
     targets = df["target"].unique(maintain_order=True).to_list()
     head = [*(["test materials of"] if "split" in df.columns else []), "model", "against", *map(short_name, targets)]
     return _as_markdown([head, *([*k, *(v.get(t, "") for t in targets)] for k, v in table.items())])
