@@ -132,6 +132,10 @@ def test_without_space_groups_the_rest_is_shown(tmp_path, clone):
                 levels="1")
     reproduce("smoke", ["07_representations", "08_ablations", "09_attention", "10_robustness"], tiny | dict(factors="elements"))
     assert "crystal_system" not in set(pl.read_csv(clone / "figures/smoke/07_probes.csv")["measure"])
+    few = TINY | dict(dataset=tiny["dataset"], seeds="0", shares="0.5,1", min_steps="5", steps="6", evaluations="3", splits="composition")
+    for name in CLAIMS:
+        reproduce("smoke", [name], {k: v for k, v in few.items() if k in parameters(clone, "smoke", {})[name]})
+        assert "crystal system" not in (clone / f"figures/smoke/{name}.md").read_text()
 
 
 def test_two_sweeps_at_once_make_each_run_once(tmp_path):

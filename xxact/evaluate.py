@@ -229,6 +229,7 @@ def boosted_trees(
         guess = HistGradientBoostingRegressor(loss="absolute_error", **options).fit(x[known], y[known]).predict(new)
         result.targets[:, i] = np.exp(guess) if name in LOG_TARGETS else guess
     system = crystal_system(data.space_group[train].long()).numpy()
+    if not (system >= 0).any(): return result
     classifier = HistGradientBoostingClassifier(**options | dict(max_iter=100)).fit(x[system >= 0], system[system >= 0])
     result.crystal_system[:] = 0
     result.crystal_system[:, classifier.classes_] = classifier.predict_proba(new)
