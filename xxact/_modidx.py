@@ -168,6 +168,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'xxact.evaluate.dummy': ('evaluate.html#dummy', 'xxact/evaluate.py'),
                                 'xxact.evaluate.elemental_statistics': ('evaluate.html#elemental_statistics', 'xxact/evaluate.py'),
                                 'xxact.evaluate.occlusion': ('evaluate.html#occlusion', 'xxact/evaluate.py'),
+                                'xxact.evaluate.over_seeds': ('evaluate.html#over_seeds', 'xxact/evaluate.py'),
                                 'xxact.evaluate.power_law': ('evaluate.html#power_law', 'xxact/evaluate.py'),
                                 'xxact.evaluate.power_law_with_floor': ('evaluate.html#power_law_with_floor', 'xxact/evaluate.py'),
                                 'xxact.evaluate.probe': ('evaluate.html#probe', 'xxact/evaluate.py'),

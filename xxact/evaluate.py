@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['regression_scores', 'classification_scores', 'calibration_error', 'scores', 'dummy', 'absolute_errors',
-           'bootstrap_means', 'relative_change', 'without_the_heaviest', 'retrieval', 'speed_up', 'power_law',
-           'power_law_with_floor', 'elemental_statistics', 'boosted_trees', 'represent', 'probe', 'aligned', 'Effects',
-           'occlusion']
+           'bootstrap_means', 'over_seeds', 'relative_change', 'without_the_heaviest', 'retrieval', 'speed_up',
+           'power_law', 'power_law_with_floor', 'elemental_statistics', 'boosted_trees', 'represent', 'probe',
+           'aligned', 'Effects', 'occlusion']
 
 # %% ../nbs/10_evaluate.ipynb #4e79d141
 import math
@@ -117,6 +117,16 @@ def bootstrap_means(
     return (times @ total) / (times @ count)
 
 
+def over_seeds(
+    means: np.ndarray,  # (..., seeds) of each seed
+    rng: np.random.Generator,
+) -> np.ndarray:  # (...,)
+    "Means over seeds drawn with replacement, as far from the mean of all as k of them scatter (drawing alone gives (k - 1) / k of the variance)."
+    k, mean = means.shape[-1], means.mean(-1)
+    drawn = np.take_along_axis(means, rng.integers(k, size=means.shape), -1).mean(-1)
+    return mean + (drawn - mean) * np.sqrt(k / max(1, k - 1))
+
+
 def relative_change(
     errors: np.ndarray,  # (n,) absolute errors of a model, or (seeds, n)
     reference: np.ndarray,  # (n,) or (seeds, n) of another, on the same materials
@@ -127,7 +137,7 @@ def relative_change(
     mine, others = np.atleast_2d(errors), np.atleast_2d(reference)
     if not mine.size or not others.sum() > 0: raise ValueError("nothing to compare with: no errors, or all of the reference are 0")
     means, rng = bootstrap_means(np.concatenate([mine, others]), composition, draws), np.random.default_rng(1)
-    a, b = (np.take_along_axis(m, rng.integers(m.shape[1], size=m.shape), 1).mean(1) for m in np.split(means, [len(mine)], 1))
+    a, b = (over_seeds(m, rng) for m in np.split(means, [len(mine)], 1))
     low, high = np.quantile(a / b - 1, (0.025, 0.975))
     return float(mine.mean() / others.mean() - 1), float(low), float(high)
 
@@ -137,11 +147,11 @@ def without_the_heaviest(
     reference: np.ndarray,  # (n,) or (seeds, n)
     composition: np.ndarray,  # (n,)
 ) -> tuple[int, float]:  # a material of the composition without which the change differs most, and the change without it
-    "Whether a single composition makes the change of a mean error. Raises `ValueError` for fewer than two compositions."
-    each, first, which = np.unique(composition, return_index=True, return_inverse=True)
-    if len(each) < 2: raise ValueError("two compositions or more are needed to leave one out")
+    "Whether a single composition makes the change of a mean error. Raises `ValueError` where fewer than two have errors."
+    _, first, which = np.unique(composition, return_index=True, return_inverse=True)
     mine, others = (np.bincount(which, np.atleast_2d(e).mean(0)) for e in (errors, reference))
-    change = (mine.sum() - mine) / (others.sum() - others).clip(min=1e-30) - 1
+    if np.count_nonzero(others) < 2: raise ValueError("errors of two compositions or more are needed to leave one out")
+    change = (mine.sum() - mine) / (others.sum() - others) - 1
     heaviest = np.abs(change - (mine.sum() / others.sum() - 1)).argmax()
     return int(first[heaviest]), float(change[heaviest])
 

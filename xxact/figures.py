@@ -236,7 +236,7 @@ def plot_residuals(
         for i, ((m,), part) in enumerate(df.filter(target=t).group_by("model", maintain_order=True)):
             error = np.sort(part["error"])[::-1]
             ax.loglog(error, np.arange(1, len(error) + 1) / len(error), ("-", "--", "-.", ":")[i % 4], label=m)
-        ax.set_xlim(left=max(df.filter(target=t)["error"].quantile(0.05), 1e-6)); ax.set_xlabel(f"absolute error,\n{label}", fontsize=7)
+        ax.set_xlim(left=max(df.filter(target=t)["error"].quantile(0.05) or 0, 1e-6)); ax.set_xlabel(f"absolute error,\n{label}", fontsize=7)
     axes[0, 0].set_ylabel("share at least so large", fontsize=7); axes[0, -1].legend(fontsize=6, handlelength=3)
     return fig, df.select("model", "target", "material_id", "error")
 
@@ -261,7 +261,7 @@ def plot_convergence(
                 ax.fill_between(part["step"], part["low"], part["high"], color=f"C{i}", alpha=0.2, lw=0)
             ax.set_yscale("log"); ax.set_ylim(here["low"].min() * 0.9, here["low"].min() * 2.5); _plain_numbers(ax.yaxis)
             if metric == next(iter(labels)): ax.set_title(f"{share:.0%} of the labels".replace("%", " %"), fontsize=7)
-        row[0].set_ylabel(label, fontsize=7)
+        row[0].set_ylabel(label.replace(" (", "\n("), fontsize=7)
     for ax, share in zip(axes[-1], shares):
         last = band.filter(share=share).row(-1, named=True)
         per_step = last["seconds"] / last["step"]
@@ -286,7 +286,7 @@ def plot_speed_ups(
     for ax, share in zip(axes[0], shares):
         for i, metric in enumerate(labels):
             for j, arm in enumerate(arms):
-                x = np.sort(np.nan_to_num(speed.filter(share=share, metric=metric, arm=arm)["steps"].to_numpy(), nan=least).clip(least))
+                x = np.sort(np.nan_to_num(speed.filter(share=share, metric=metric, arm=arm)["steps"].to_numpy().clip(1.3 * least), nan=least))
                 y = i + 0.22 * (j - (len(arms) - 1) / 2)
                 ax.plot([x[0], x[-1]], [y, y], color=f"C{j + 1}", lw=1.5, alpha=0.5)
                 ax.plot(np.median(x), y, "osD"[j % 3], ms=3.5, color=f"C{j + 1}", label=arm if i == 0 else None)
@@ -354,7 +354,7 @@ def plot_gains(
         for y, (one, other) in enumerate(zip(rows, rows[1:])):
             if one[0] != other[0]: ax.axhline(y + 0.5, color="0.8", lw=0.6)
         ax.set_ylim(len(rows) - 0.5, -0.5)
-    counts = {(r["by"], r["group"]): r["materials"] for r in gains.iter_rows(named=True)}
+    counts = {(r["by"], r["group"]): r["materials"] for r in gains.sort("materials").iter_rows(named=True)}  # the most of any target
     axes[0, 0].set_yticks(range(len(rows)), [f"{group} ({counts[by, group]:,})" for by, group in rows], fontsize=6)
     fig.supxlabel(f"change of the error (%), {compared}; hollow: without the composition that moves it most", fontsize=7)
     return fig, gains

@@ -47,7 +47,8 @@ from .composition import ATOMIC_NUMBER, SPLITS, composition_hash, composition_ke
 from .diffraction import AUGMENTATIONS, window_pattern
 from .encoders import TOKENISERS
 from .evaluate import absolute_errors, dummy, relative_change, retrieval, scores, without_the_heaviest
-from .fusion import FUSIONS, SIZES, XxaCT, choose, load_model, save_model, start_from
+from .figures import axis_label
+from .fusion import FUSIONS, LOG_TARGETS, SIZES, XxaCT, choose, load_model, save_model, start_from
 from .materials import TARGETS, MaterialSet, read_table, sides
 from .mxm import TrivialPredictors, hide_windows, window_errors
 from .patterns import UNITS, as_wavelength, read_pattern, to_reflections, write_pattern
@@ -205,8 +206,6 @@ def check_parameters(
         try: right = 0 < float(share) <= 1
         except ValueError: right = False
         if not right: raise ValueError(f"shares={params['shares']!r} must be numbers above 0 and up to 1, comma-separated")
-    if experiment == "05_data_scaling" and len({float(s) for s in split_list(params["shares"])}) < 2:
-        raise ValueError(f"shares={params['shares']!r} is one size; a power law needs two or more")
     seeds = split_list(params.get("seeds", ""))
     for seed in seeds:
         if not seed.isdecimal(): raise ValueError(f"seeds={params['seeds']!r} must be whole numbers, comma-separated")
@@ -216,16 +215,23 @@ def check_parameters(
 
 def check_materials(
     params: dict[str, object],  # of one experiment
+    experiment: str,
     df: "pl.DataFrame",  # the material table
 ) -> None:
-    "Raise `ValueError` where more materials are asked for than the table has, or a share of them that is less than a batch."
+    "Raise `ValueError` where more materials are asked for than the table has, or fewer than a batch, or where a power law would have one point."
     there = {side: int((sides(df["composition"].to_numpy()) == i).sum()) for i, side in enumerate(SPLITS)}
     for key, side in dict(materials="train", validation_materials="val").items():
         if (n := params.get(key, 0)) > there[side]:
             raise ValueError(f"{key}={n}, but there are {there[side]} on the side {side!r} of the splits; give 0 (all) to {there[side]}")
-    for share in split_list(params.get("shares", "")):
-        if (n := round(float(share) * there["train"])) < params["batch_size"]:
-            raise ValueError(f"shares: {share} of {there['train']} training materials are {n}, fewer than batch_size={params['batch_size']}")
+    n = there["train"]
+    batches = ["batch_size"] + ["pretrain_batch_size"] * ("both-same" in split_list(params.get("arms", "")))  # which pretrains on the shares
+    sizes = {f"shares: {share} of {n} training materials are": round(float(share) * n) for share in split_list(params.get("shares", ""))}
+    if params.get("materials"): sizes["materials:"] = params["materials"]
+    for what, size in sizes.items():
+        for key in batches:
+            if size < params[key]: raise ValueError(f"{what} {size}, fewer than {key}={params[key]}")
+    if experiment == "05_data_scaling" and len(set(sizes.values())) < 2:
+        raise ValueError(f"shares={params['shares']!r} is one size; a power law needs two or more")
 
 
 def split_list(text: str) -> list[str]:
@@ -777,9 +783,9 @@ def reproduce(
     root = project_root()
     chosen = parameters(root, profile, overrides or {}, only)
     for name, params in chosen.items(): check_parameters(params, name)
-    for params in (p for p in chosen.values() if "dataset" in p):
+    for name, params in ((k, p) for k, p in chosen.items() if "dataset" in p):
         df = load_table(params["dataset"], params.get("source", ""))
-        wanted_targets(df, params.get("targets", "")); check_materials(params, df)
+        wanted_targets(df, params.get("targets", "")); check_materials(params, name, df)
     done = []
     for name, params in chosen.items():
         notebook, out, figures = experiments(root)[name], root / "runs" / profile, root / "figures" / profile
@@ -800,9 +806,8 @@ def reproduce(
     return done
 
 # %% ../nbs/12_reproduce.ipynb #83655b69
-SHOWN = {"formation_energy_per_atom/mae": "formation energy (eV/atom)", "band_gap/mae": "band gap (eV)",
-         "lattice_energy_per_atom/mae": "model lattice energy (eV/atom)", "volume_per_atom/mae_ln": "ln volume",
-         "crystal_system/accuracy": "crystal system", "space_group/accuracy": "space group"}
+SHOWN = dict((f"{t}/mae_ln", f"ln {t.partition('_')[0]}") if t in LOG_TARGETS else (f"{t}/mae", axis_label(t)) for t in (*DEFAULT_TARGETS, *TARGETS))
+SHOWN |= {"crystal_system/accuracy": "crystal system", "space_group/accuracy": "space group"}
 
 
 def read_results(
@@ -916,8 +921,9 @@ def change_of_errors(
     errors, reference, composition = errors[:, known], reference[:, known], composition[known]
     change, low, high = relative_change(errors, reference, composition)
     row = dict(materials=int(known.sum()), change=change, low=low, high=high,
-               median=float(np.median(errors, 1).mean() / max(np.median(reference, 1).mean(), 1e-30) - 1), heaviest=None, without=None)
-    if len(set(composition)) > 1:
+               median=None, heaviest=None, without=None)
+    if (usual := np.median(reference, 1).mean()) > 0: row["median"] = float(np.median(errors, 1).mean() / usual - 1)
+    if np.count_nonzero(np.bincount(np.unique(composition, return_inverse=True)[1], reference.mean(0))) > 1:
         i, row["without"] = without_the_heaviest(errors, reference, composition)
         row["heaviest"] = reduced_formula(formula_amounts(formula_of(data, int(test[known][i]))))
     return row
