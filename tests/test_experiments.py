@@ -15,13 +15,15 @@ import polars as pl
 import pytest
 
 from xxact.composition import composition_key
-from xxact.materials import MaterialSet
+from xxact.materials import TARGETS, MaterialSet, sides
 from xxact.predict import formula_of
 from xxact.reproduce import (
     NotebookFailed,
     changes_table,
     change_said,
     compare_models,
+    finetune,
+    keep_row,
     load_table,
     main,
     parameters,
@@ -141,7 +143,7 @@ def test_without_space_groups_the_rest_is_shown(tmp_path, clone):
 def test_two_sweeps_at_once_make_each_run_once(tmp_path):
     code = f"""if True:
         from pathlib import Path
-        from xxact.materials import MaterialSet
+        from xxact.materials import TARGETS, MaterialSet, sides
         from xxact.reproduce import finetune, keep_row, load_table
         folder = Path({str(tmp_path)!r})
         data = MaterialSet.from_table(load_table("prototypes:120", cache=folder), ["volume_per_atom"])
@@ -190,10 +192,18 @@ def test_failing_notebook_stops_the_run(clone):
     (["reproduce", "--only", "06_accuracy", "SPLITS=random"], "choose from composition, chemistry"),
     (["reproduce", "--only", "06_accuracy", "MODELS_BY_CHEMISTRY=all"], "models_by_chemistry='all' does not exist; choose from composition, xrd"),
     (["reproduce", "--only", "06_accuracy", "SEEDS=0,00"], "seeds='0,00' has one twice"),
-    (["reproduce", "--only", "05_data_scaling", "DATASET=prototypes:30", "BATCH_SIZE=8", "SHARES=1,0.9999"], "is one size; a power law needs"),
+    (["reproduce", "--only", "05_data_scaling", "DATASET=prototypes:30", "BATCH_SIZE=8", "ARMS=xrd,both", "SHARES=1,0.9999"],
+     "is one size; a power law needs two or more"),
     (["reproduce", "--only", "05_data_scaling", "DATASET=prototypes:30", "BATCH_SIZE=8", "ARMS=xrd,both-same", "SHARES=0.5,1"],
      "fewer than pretrain_batch_size=64"),
     (["reproduce", "--only", "03_finetune", "DATASET=prototypes:30", "MATERIALS=8"], "materials: 8, fewer than batch_size=32"),
+    (["reproduce", "--only", "06_accuracy", "DATASET=prototypes:30"], "the training materials are"),
+    (["reproduce", "--only", "06_accuracy", "DATASET=prototypes:30", "BATCH_SIZE=8"], "fewer than pretrain_batch_size=64"),
+    (["reproduce", "--only", "06_accuracy", "DATASET=prototypes:30", "BATCH_SIZE=8", "PRETRAIN_SOURCE=mp"], "has no source mp"),
+    (["reproduce", "--only", "06_accuracy", "MODELS=xrd,xrd"], "has one twice"),
+    (["reproduce", "--only", "06_accuracy", "DATASET="], "dataset is empty"),
+    (["reproduce", "--only", "04_convergence", "ARMS="], "arms is empty"),
+    (["reproduce", "--only", "04_convergence", "SEEDS=4294967296"], "below 2³²"),
     (["reproduce", "--only", "04_convergence", "DATASET=prototypes:30", "SHARES=0.001,1"], "fewer than batch_size=32"),
     (["reproduce", "--only", "04_convergence", "DATASET=prototypes:30", "SHARES=1", "BATCH_SIZE=8", "VALIDATION_MATERIALS=1500"],
      "validation_materials=1500, but there are"),
@@ -201,7 +211,7 @@ def test_failing_notebook_stops_the_run(clone):
     (["reproduce", "SHARES=1"], "01_data, 02_pretrain, 03_finetune has no parameter 'shares'"),
     (["reproduce", "MODELS=all"], "choose from composition, xrd"),
     (["reproduce", "DATASET=nowhere.parquet"], "nowhere.parquet: no such file"),
-    (["reproduce", "DATASET=prototypes:30", "TARGETS=band_gap"], "target='band_gap' does not exist; choose from volume_per_atom"),
+    (["reproduce", "DATASET=prototypes:30", "TARGETS=band_gap"], "has no values of band_gap; it has those of volume_per_atom"),
     (["prepare", "prototypes:30", "--out", "README.md"], "give the name of a new .parquet file, or a folder"),
     (["download", "alexandria", "--files", "3-1"], "write numbers from 0 to 999"),
     (["download", "alexandria", "--functional", "b3lyp"], "known are pbe"),
@@ -273,6 +283,42 @@ def test_a_hash_of_digits_stays_text(tmp_path):
     head = "model,id,commit,data,pretrained,seed,training_materials,seconds,crystal_system/accuracy"
     (tmp_path / "figures/p/results.csv").write_text(f"{head}\nxrd,1234567890,1234567,12e4567,,0,10,1.0,0.5\n")
     assert results_table("p", tmp_path).splitlines()[-1].endswith("| 50.0 % | 1 | 10 | 1 | 1234567 |")
+
+
+def test_labels_and_finished_runs_are_looked_at_before_training(tmp_path, clone, capsys):
+    table = load_table("prototypes:240")
+    test = np.flatnonzero(sides(table["composition"].to_numpy()) == 2)
+    few = np.where(np.isin(np.arange(len(table)), test), 1.0, np.nan).astype(np.float32)
+    table.with_columns(band_gap=pl.Series(few)).write_parquet(tmp_path / "few.parquet")
+    unlabelled = table.with_columns(pl.lit(None, pl.Float32).alias(t) for t in TARGETS)
+    unlabelled.write_parquet(tmp_path / "unlabelled.parquet")
+    ask = ["reproduce", "--only", "06_accuracy", "BATCH_SIZE=16"]
+    for name, target, message in (("few", "band_gap", "known of 0 materials of the training side"), ("unlabelled", "", "has no values of"),
+                                  ("unlabelled", "density", "it has those of no target")):
+        assert main([*ask, f"DATASET={tmp_path / name}.parquet", f"TARGETS={target}"]) == 2
+        assert message in capsys.readouterr().err
+    rows = clone / "figures/smoke/runs.parquet"
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    before = rows.read_bytes() if rows.exists() else None
+    try:
+        for broken in (b"not a table", None):
+            if broken: rows.write_bytes(broken)
+            else: pl.DataFrame(dict(a=[1])).write_parquet(rows)
+            assert main([*ask, "DATASET=prototypes:240"]) == 2
+            assert "runs.parquet is no table of runs" in capsys.readouterr().err
+    finally: rows.write_bytes(before) if before else rows.unlink()
+
+
+def test_a_run_without_its_predictions_is_made_again(tmp_path):
+    data = MaterialSet.from_table(load_table("prototypes:120", cache=tmp_path), ["volume_per_atom"])
+    train = lambda where: finetune(data, tmp_path / where, "composition", size="nano", epochs=1, batch_size=16, rows=tmp_path / "runs.parquet")
+    keep_row(tmp_path / "runs.parquet", "test", train("first"))
+    assert not train("second").folder.exists()
+    kept = next((tmp_path / "predictions").glob("*.npz"))
+    kept.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is damaged; without it the run is made again"): _ = train("second").predictions
+    kept.unlink()
+    assert (train("second").folder / "predictions.npz").exists()
 
 
 def test_changes_of_errors(tmp_path):

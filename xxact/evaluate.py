@@ -231,7 +231,7 @@ def boosted_trees(
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
     x, new = elemental_statistics(data, train), elemental_statistics(data, test)
     result = Predictions(*(part.copy() for part in dummy(data, train, len(test))))
-    options = dict(max_iter=500, learning_rate=0.1, early_stopping=True, random_state=seed)
+    options = dict(max_iter=500, learning_rate=0.1, early_stopping=len(train) >= 500, random_state=seed)
     for i, name in enumerate(data.target_names):
         y = data.targets[train, i].numpy()
         y = np.log(y) if name in LOG_TARGETS else y

@@ -214,7 +214,7 @@ def plot_comparison(
             if not len(values): continue
             anyone_far |= (far := values.mean() > limit)
             ax.plot([edge] if far else values, [y] if far else [y] * len(values), ">" if far else "o", ms=3, color="C0")
-            said = f"{100 * values.mean():.1f} %" if column.endswith("accuracy") else f"{values.mean():.3g}"
+            said = f"{100 * values.mean():.1f} %" if column.endswith("accuracy") else f"{values.mean():#.3g}"
             ax.annotate(said, (edge if far else values.mean(), y), (0, 3), textcoords="offset points", ha="center", fontsize=6)
         if column.endswith("accuracy"): ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
         ax.set(yticks=range(len(models)), ylim=(len(models) - 0.5, -0.7)); ax.set_xlabel(label, fontsize=7); ax.set_yticklabels(models, fontsize=7)
@@ -356,7 +356,7 @@ def plot_gains(
         ax.set_ylim(len(rows) - 0.5, -0.5)
     counts = {(r["by"], r["group"]): r["materials"] for r in gains.sort("materials").iter_rows(named=True)}  # the most of any target
     axes[0, 0].set_yticks(range(len(rows)), [f"{group} ({counts[by, group]:,})" for by, group in rows], fontsize=6)
-    fig.supxlabel(f"change of the error (%), {compared}; hollow: without the composition that moves it most", fontsize=7)
+    fig.supxlabel(f"change of the error (%, lower is better), {compared}; hollow: without the composition that moves it most", fontsize=7)
     return fig, gains
 
 # %% ../nbs/13_figures.ipynb #79c50e03

@@ -7,7 +7,7 @@ __all__ = ['ARMS', 'OPTIONS', 'MODELS', 'ABLATIONS', 'DEFAULT_TARGETS', 'REFEREN
            'COMPARED', 'BLOCKS', 'project_root', 'profiles', 'experiments', 'defaults', 'parameters_cell',
            'parse_value', 'parameters', 'choose_factors', 'choose_arms', 'check_parameters', 'check_materials',
            'split_list', 'load_table', 'wanted_targets', 'Run', 'provenance', 'keep_row', 'kept_predictions',
-           'find_row', 'pretrain', 'enough_epochs', 'load_pretraining', 'pretraining_scores', 'finetune',
+           'check_rows', 'find_row', 'pretrain', 'enough_epochs', 'load_pretraining', 'pretraining_scores', 'finetune',
            'write_predictions', 'dummy_scores', 'ship', 'NotebookFailed', 'run_notebook', 'reproduce', 'read_results',
            'results_table', 'accuracy_table', 'keep_verdict', 'verdicts', 'short_name', 'seeds_errors',
            'change_of_errors', 'compare_models', 'change_said', 'changes_table', 'update_readme', 'conditions',
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -192,7 +193,7 @@ def check_parameters(
     if not 0 < params.get("mask_share", 0.5) < 1: raise ValueError(f"mask_share={params['mask_share']} must be between 0 and 1")
     if not 0 <= params.get("modality_dropout", 0) <= 0.5:
         raise ValueError(f"modality_dropout={params['modality_dropout']} must be from 0 to 0.5")
-    for key in ("models", "seeds", "shares", "splits"):
+    for key in ("models", "seeds", "shares", "splits", "arms", "dataset"):
         if not split_list(params.get(key, "x")): raise ValueError(f"{key} is empty; give at least one")
     for key in ("models", "models_by_chemistry"):
         for model in split_list(params.get(key, "")): choose(key, model, MODELS)
@@ -206,10 +207,12 @@ def check_parameters(
         try: right = 0 < float(share) <= 1
         except ValueError: right = False
         if not right: raise ValueError(f"shares={params['shares']!r} must be numbers above 0 and up to 1, comma-separated")
-    seeds = split_list(params.get("seeds", ""))
-    for seed in seeds:
-        if not seed.isdecimal(): raise ValueError(f"seeds={params['seeds']!r} must be whole numbers, comma-separated")
-    if len(seeds) > len(set(map(int, seeds))): raise ValueError(f"seeds={params['seeds']!r} has one twice")
+    for seed in split_list(params.get("seeds", "")):
+        if not (seed.isdecimal() and int(seed) < 2**32):
+            raise ValueError(f"seeds={params['seeds']!r} must be whole numbers below 2³², comma-separated")
+    for key, kind in dict(models=str, models_by_chemistry=str, splits=str, arms=str, shares=float, seeds=int).items():
+        each = [kind(part) for part in split_list(params.get(key, ""))]
+        if len(each) > len(set(each)): raise ValueError(f"{key}={params[key]!r} has one twice")
     pick_device(params.get("device", "auto"))
 
 
@@ -217,21 +220,37 @@ def check_materials(
     params: dict[str, object],  # of one experiment
     experiment: str,
     df: "pl.DataFrame",  # the material table
+    targets: Sequence[str],
+    every: "pl.DataFrame | None" = None,  # the table to pretrain on
 ) -> None:
-    "Raise `ValueError` where more materials are asked for than the table has, or fewer than a batch, or where a power law would have one point."
-    there = {side: int((sides(df["composition"].to_numpy()) == i).sum()) for i, side in enumerate(SPLITS)}
+    """Raise `ValueError` where labels are missing, more materials are asked for than the table has, or fewer than a batch, or where a power law would
+    have one point."""
+    place = sides(df["composition"].to_numpy())
+    there = {side: int((place == i).sum()) for i, side in enumerate(SPLITS)}
     for key, side in dict(materials="train", validation_materials="val").items():
         if (n := params.get(key, 0)) > there[side]:
             raise ValueError(f"{key}={n}, but there are {there[side]} on the side {side!r} of the splits; give 0 (all) to {there[side]}")
-    n = there["train"]
-    batches = ["batch_size"] + ["pretrain_batch_size"] * ("both-same" in split_list(params.get("arms", "")))  # which pretrains on the shares
+    n, arms, models = there["train"], split_list(params.get("arms", "")), split_list(params.get("models", ""))
+    batches = ["batch_size"] + ["pretrain_batch_size"] * ("both-same" in arms)  # which pretrains on the shares
     sizes = {f"shares: {share} of {n} training materials are": round(float(share) * n) for share in split_list(params.get("shares", ""))}
-    if params.get("materials"): sizes["materials:"] = params["materials"]
+    sizes |= {"materials:": params["materials"]} if params.get("materials") else {"the training materials are": n}
     for what, size in sizes.items():
         for key in batches:
-            if size < params[key]: raise ValueError(f"{what} {size}, fewer than {key}={params[key]}")
-    if experiment == "05_data_scaling" and len(set(sizes.values())) < 2:
+            if size < params.get(key, 0): raise ValueError(f"{what} {size}, fewer than {key}={params[key]}")
+    plain = {"scratch", "random", "composition", "xrd", "concat"}  # what is not pretrained
+    if models or experiment == "05_data_scaling": plain.add("both")
+    pretrains = set(arms or models) - plain or not (arms or models)
+    if pretrains and every is not None and (n := int((sides(every["composition"].to_numpy()) == 0).sum())) < params["pretrain_batch_size"]:
+        raise ValueError(f"the materials to pretrain on are {n}, fewer than pretrain_batch_size={params['pretrain_batch_size']}")
+    if experiment == "05_data_scaling" and len({size for what, size in sizes.items() if what.startswith("shares")}) < 2:
         raise ValueError(f"shares={params['shares']!r} is one size; a power law needs two or more")
+    if targets and not there["test"]:
+        raise ValueError(f"none of the {len(df)} materials falls on the test side of the split; more compositions are needed")
+    if not targets and "targets" in params: raise ValueError(f"{params['dataset']} has no values of {', '.join(DEFAULT_TARGETS)}; give targets=")
+    for t in targets:
+        train, test = (int((df[t].is_finite().fill_null(False).to_numpy() & (place == SPLITS.index(side))).sum()) for side in ("train", "test"))
+        if train < 2 or test < 1:
+            raise ValueError(f"{t} is known of {train} materials of the training side and {test} of the test side; 2 and 1 are needed")
 
 
 def split_list(text: str) -> list[str]:
@@ -257,7 +276,7 @@ def load_table(
             path.unlink()
             raise ValueError(f"{dataset} could not be read to its end; see {path.stem}.rejects.parquet in {path.parent}")
     try: df = read_table(path)
-    except ValueError as e: raise ValueError(f"{e}; a table in data/ can be deleted and is made again") from e
+    except ValueError as e: raise ValueError(f"{e}; it can be deleted and is made again" if path != Path(dataset) else str(e)) from e
     if source:
         if not (wanted := split_list(source)): raise ValueError(f"source={source!r} names no source; it has {', '.join(sorted(set(df['source'])))}")
         if missing := set(wanted) - set(df["source"]):
@@ -293,11 +312,14 @@ def wanted_targets(
     targets: str = "",  # comma-separated; empty: those of `DEFAULT_TARGETS` that the table has
 ) -> list[str]:
     "Targets to learn. Raises `ValueError` for one that the table does not have."
-    has = [t for t in TARGETS if t in df.columns and df[t].drop_nans().count()]
+    has = [t for t in TARGETS if t in df.columns and df[t].is_finite().any()]
     if not targets: return [t for t in DEFAULT_TARGETS if t in has]
     names = list(dict.fromkeys(split_list(targets)))
     if not names: raise ValueError(f"targets={targets!r} names no target; the table has {', '.join(has)}")
-    for t in names: choose("target", t, has)
+    for t in names:
+        if t in set(TARGETS) & set(df.columns) - set(has):
+            raise ValueError(f"the table has no values of {t}; it has those of {', '.join(has) or 'no target'}")
+        choose("target", t, has)
     return names
 
 
@@ -336,10 +358,15 @@ class Run:
     def predictions(self) -> "pl.DataFrame | None":
         "Predictions on the test split, a row a material; None where they are lost."
         import polars as pl
-        kept = [self.folder / "predictions.npz", *([kept_predictions(self.rows, self)] if self.rows else [])]
-        for path in kept:
-            if path.exists(): return pl.DataFrame({k: v.astype(str) if v.dtype.kind == "S" else v for k, v in np.load(path).items()})
-        return None
+        if (path := self.predictions_file) is None: return None
+        try: return pl.DataFrame({k: v.astype(str) if v.dtype.kind == "S" else v for k, v in np.load(path).items()})
+        except (ValueError, OSError, zipfile.BadZipFile) as e: raise ValueError(f"{path} is damaged; without it the run is made again") from e
+
+    @property
+    def predictions_file(self) -> Path | None:
+        "Where the predictions are: in the folder, or beside the table of finished runs."
+        paths = [self.folder / "predictions.npz", *([kept_predictions(self.rows, self)] if self.rows else [])]
+        return next((path for path in paths if path.exists()), None)
 
     @property
     def results(self) -> dict | None:
@@ -412,6 +439,16 @@ def kept_predictions(table: Path, run: Run) -> Path:
     return table.parent / "predictions" / f"{run.id}.npz"
 
 
+def check_rows(
+    table: Path,  # figures/<profile>/runs.parquet
+) -> None:
+    "Raise `ValueError` for a file that is no table of finished runs."
+    import polars as pl
+    try: columns = pl.read_parquet_schema(table) if table.exists() else ["experiment", "id"]
+    except (pl.exceptions.PolarsError, OSError) as e: raise ValueError(f"{table} is no table of runs: {str(e).splitlines()[0]}") from e
+    if not {"experiment", "id"} <= set(columns): raise ValueError(f"{table} is no table of runs: it has no columns experiment and id; move it away")
+
+
 def find_row(
     table: Path,  # figures/<profile>/runs.parquet
     run: Run,
@@ -419,8 +456,8 @@ def find_row(
     "Results of a run from the table of runs; None where it has none. Raises `ValueError` for a file that is no such table."
     import polars as pl
     if not table.exists(): return None
-    try: row = pl.read_parquet(table).filter(pl.col("id") == run.id)
-    except pl.exceptions.PolarsError as e: raise ValueError(f"{table} is no table of runs: {str(e).splitlines()[0]}") from e
+    check_rows(table)
+    row = pl.read_parquet(table).filter(pl.col("id") == run.id)
     if row.is_empty(): return None
     known = {k: v for k, v in row.row(0, named=True).items() if v is not None and k not in (*run.params, "experiment")}
     return {k: json.loads(v) if k == "curve" else v for k, v in known.items()}
@@ -571,10 +608,10 @@ def finetune(
                   lr=lr, weight_decay=weight_decay, schedule=schedule, materials=materials, min_steps=min_steps, evaluations=evaluations,
                   validation_materials=validation_materials, best=best, seed=seed) | variant
     run = Run(folder, params, data.fingerprint(), rows)
-    if run.results: return run
+    if run.results and run.predictions_file: return run
     index, watched, val, test = _first(data, "train", materials), _first(data, "val", validation_materials), data.indices("val"), data.indices("test")
     with run.lock():
-        if run.results: return run  # another process was first
+        if run.results and run.predictions_file: return run  # another process was first
         torch.manual_seed(seed)
         model = XxaCT(size, modalities, fusion, tokeniser, data.target_names, **variant)
         model.fit_scale(data.targets[index])
@@ -785,7 +822,9 @@ def reproduce(
     for name, params in chosen.items(): check_parameters(params, name)
     for name, params in ((k, p) for k, p in chosen.items() if "dataset" in p):
         df = load_table(params["dataset"], params.get("source", ""))
-        wanted_targets(df, params.get("targets", "")); check_materials(params, name, df)
+        every = load_table(params["dataset"], params.get("pretrain_source", "")) if "pretrain_batch_size" in params else None
+        check_materials(params, name, df, wanted_targets(df, params.get("targets", "")), every)
+    check_rows(root / "figures" / profile / "runs.parquet")
     done = []
     for name, params in chosen.items():
         notebook, out, figures = experiments(root)[name], root / "runs" / profile, root / "figures" / profile
