@@ -986,10 +986,9 @@ def compare_models(
 
 def change_said(
     r: Mapping[str, object],  # of `change_of_errors`, or of a file with its columns
-    digits: int = 0,
 ) -> str:
     "A change with its interval, and without the heaviest composition where that moves it by a per cent or more."
-    percent = lambda x: f"{100 * x:+.{digits}f} %"
+    percent = lambda x: f"{100 * x:+.1f} %"
     without = r.get("without")
     rest = f"; without {r['heaviest']} {percent(without)}" if without is not None and abs(without - r["change"]) >= 0.01 else ""
     return f"{percent(r['change'])} ({percent(r['low'])} to {percent(r['high'])}{rest})"
@@ -1003,7 +1002,7 @@ def changes_table(
     "How the errors of a profile's models compare, from the file that a notebook wrote. Raises `ValueError` where there is none."
     df, table = read_results(profile, root, name), {}
     for r in df.iter_rows(named=True):
-        cell = change_said(r, 1)
+        cell = change_said(r)
         split = [NEW[r["split"]]] if "split" in r else []
         table.setdefault((*split, r["model"], r["against"]), {})[r["target"]] = cell
     targets = df["target"].unique(maintain_order=True).to_list()
