@@ -342,11 +342,13 @@ def test_patterns_of_a_batch_are_its_members():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_the_gpu_draws_the_same():
-    r = batch_reflections([reflections(*random_crystal(s)) for s in range(8)])
-    there = r._replace(ln_d=r.ln_d.cuda(), intensity=r.intensity.cuda(), row=r.row.cuda())
-    m = a_measurement(0)._replace(zero_shift=0.02, displacement=0.1, strain=1e-3, second_phase=0.2)
-    assert torch.allclose(render(r, m).intensity, render(there, m).intensity.cpu(), atol=1e-4)
+@pytest.mark.parametrize("kind", MEASUREMENTS)
+def test_the_gpu_draws_the_same(kind):
+    r = batch_reflections([reflections(*random_crystal(s)) for s in range(64)])
+    m = Measurement(*(float(v) for v in draw_measurement(kind, 1, seeded(0))))._replace(texture=0.0, background=0.0, hump=0.0, counts=math.inf)
+    there = r.to(torch.device("cuda"))
+    for what in (lambda r: render(r, m).intensity, lambda r: render(r, m, transform="log").intensity, lambda r: peaks(r, measurement=m).intensity,
+                 lambda r: peaks(r, measurement=m).ln_q, window_pattern): assert torch.allclose(what(r), what(there).cpu(), atol=1e-4)
 
 
 @given(st.integers(0, 10**6), st.floats(0.5, 1.8), st.integers(5000, 9000))

@@ -206,7 +206,8 @@ def bench_train(
 
     trained, reference, feed = objective(), objective().to(where), Feed(data, lambda step: batch_indices(index, batch_size, 0, step), where, True)
     prepare = lambda step: reference.prepare(feed(step), draws(0, step))  # as the trainer does
-    times, memory, peaks = dict(trainer=[], bare=[], prepare=[]), [], []
+    patterns = lambda step: render(feed(step).reflections, "lab", generator=draws(0, step)).intensity[0, 0]
+    times, memory, peaks = dict(trainer=[], bare=[], prepare=[], patterns=[]), [], []
     few = data.batch(batch_indices(index, min(256, batch_size), 0, 0)).to(where)  # a GPU may be too small for more in fp32
     flops = _flops(reference, reference.prepare(few, draws(0, 0))) * batch_size / len(few.composition)
     optimiser = torch.optim.AdamW(reference.parameters(), fused=True)
@@ -233,6 +234,8 @@ def bench_train(
         seconds, ready = each(prepare, range(first, first + steps))
         times["prepare"].append(seconds)
         times["bare"].append(each(bare, ready)[0])
+        del ready
+        times["patterns"].append(each(patterns, range(first, first + steps))[0])
         peaks.append(_matmul_peak(where, torch.bfloat16 if precision == "bf16" else torch.float32))
         began.append(time.perf_counter())
         return {}
@@ -242,10 +245,11 @@ def bench_train(
         began = [time.perf_counter()]
         train(trained, data, index, folder, epochs=1, batch_size=batch_size, device=str(where), precision=precision, compile=compile,
               evaluate=pause, eval_every=steps, description="bench")
-    step, ratio, share = (float(np.median(x[1:])) for x in (times["trainer"], np.divide(times["bare"], times["trainer"]),
-                                                            np.divide(times["prepare"], times["trainer"])))
+    of_a_step = {k: float(np.median(np.divide(v, times["trainer"])[1:])) for k, v in times.items()}
+    step = float(np.median(times["trainer"][1:]))
     return dict(bench="train", task=task, size=size, batch_size=batch_size, materials_per_s=round(batch_size / step, 1),
-                ratio_to_bare_step=round(ratio, 3), render_share=round(share, 4), mfu=round(flops / step / max(peaks), 3),
+                ratio_to_bare_step=round(of_a_step["bare"], 3), render_share=round(of_a_step["prepare"], 4),
+                patterns_share=round(of_a_step["patterns"], 4), mfu=round(flops / step / max(peaks), 3),
                 peak_memory_mb=round(memory[0] / 2**20), projected_seconds_epoch_5m=round(5e6 / batch_size * step),
                 parameters=sum(p.numel() for p in trained.model.parameters()), precision=precision, compiled="compute" in reference.__dict__,
                 peak_tflops=round(max(peaks) / 1e12, 3), steps=steps, rounds=rounds, device=where.type)

@@ -1086,6 +1086,7 @@ def speed_table(
             add("entries in Alexandria's format prepared", row["materials_per_s_per_core"], f"{row['ratio_to_pymatgen']:.0f} times pymatgen's")
         elif bench == "train":
             share = f"{row['ratio_to_bare_step']:.2f} of the bare network's; samples are drawn in {100 * row['render_share']:.1f} % of a step"
+            if "patterns_share" in row: share += f", as `lab` patterns of 4,096 points they would be in {100 * row['patterns_share']:.1f} %"
             add(f"materials in training: {task}, size `{size}` ({device}, {row['precision']})", row["materials_per_s"], share)
         elif bench == "predict":
             share = f"{row['ratio_to_bare_network']:.2f} of the bare network's"
