@@ -40,7 +40,7 @@ def objective(task, data, **options):
     torch.manual_seed(0)
     if task == "pretrain": return Pretraining(XxaCT("nano", **options), 0.01)
     model = XxaCT("nano", targets=data.target_names, **options)
-    model.fit_scale(data.targets)
+    model.fit_scale(data.targets.cpu())
     return Supervised(model, modality_dropout=0.1)
 
 

@@ -50,6 +50,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'xxact.diffraction.Crystal': ('diffraction.html#crystal', 'xxact/diffraction.py'),
                                    'xxact.diffraction.Grid': ('diffraction.html#grid', 'xxact/diffraction.py'),
                                    'xxact.diffraction.Measurement': ('diffraction.html#measurement', 'xxact/diffraction.py'),
+                                   'xxact.diffraction.Measurement.to': ('diffraction.html#measurement.to', 'xxact/diffraction.py'),
                                    'xxact.diffraction.Patterns': ('diffraction.html#patterns', 'xxact/diffraction.py'),
                                    'xxact.diffraction.Peaks': ('diffraction.html#peaks', 'xxact/diffraction.py'),
                                    'xxact.diffraction.Reflections': ('diffraction.html#reflections', 'xxact/diffraction.py'),

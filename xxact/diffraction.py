@@ -411,9 +411,9 @@ def peaks(
     device, n = r.ln_d.device, r.n
     if limits is None: limits = torch.stack([torch.full((n,), end, device=device) for end in LN_Q], 1)
     if measurement is not None: r, limits = _measure(r, measurement, generator)
-    d, ln_q = r.ln_d.exp(), math.log(2 * math.pi) - r.ln_d
-    y = r.intensity * lorentz_polarisation(d) * ((ln_q >= limits[r.row, 0]) & (ln_q <= limits[r.row, 1]))
-    bins = (two_theta_of(d).nan_to_num(180.0) / resolution).long()
+    ln_q = math.log(2 * math.pi) - r.ln_d
+    y = r.intensity * lorentz_polarisation(r.ln_d.exp()) * ((ln_q >= limits[r.row, 0]) & (ln_q <= limits[r.row, 1]))
+    bins = (two_theta_of(r.ln_d.double().exp()).nan_to_num(180.0) / resolution).long()  # double: the same on every device
     new = torch.ones_like(bins, dtype=torch.bool)
     new[1:] = (bins[1:] != bins[:-1]) | (r.row[1:] != r.row[:-1])
     group = new.long().cumsum(0) - 1  # one group a peak; groups are at most as many as reflections
@@ -525,6 +525,10 @@ class Measurement(NamedTuple):
     two_theta_min: Range = 0.0  # degrees, where the measurement begins
     two_theta_max: Range = 180.0  # degrees, where it ends
 
+    def to(self, device: torch.device) -> "Measurement":
+        "A settled measurement on a device."
+        return Measurement(*upload(torch.stack(self), device))
+
 
 _POSITIVE = ("wavelength", "crystallite_size", "counts", "caglioti_w")
 _LOGARITHMIC = ("crystallite_size", "counts")
@@ -579,34 +583,36 @@ def draw_measurement(
 
 def observe(
     r: Reflections,
-    m: Measurement,  # settled, on the device of the reflections
+    m: Measurement,  # settled; best on the CPU
     generator: torch.Generator | None = None,
 ) -> Reflections:
     """Reflections as a measurement places and weighs them, in order; those beyond the limiting sphere have intensity 0.
     Raises `ValueError` for measurements of another number of materials."""
     if len(m.wavelength) != r.n: raise ValueError(f"{len(m.wavelength)} measurements of {r.n} materials; one is needed for each")
     ln_d, intensity, row = r.ln_d, r.intensity, r.row
-    if bool((m.texture > 0).any()):
+    textured, mixed = (bool((share > 0).any()) for share in (m.texture, m.second_phase))
+    m = m.to(ln_d.device)
+    if textured:
         noise = torch.randn(len(ln_d), generator=_on(_needed(generator, "texture"), ln_d.device), device=ln_d.device)
         intensity = intensity * (m.texture[row] * noise).exp()
-    if bool((m.second_phase > 0).any()):
+    if mixed:
         if r.n == 1: raise ValueError("second_phase mixes in the next material of the batch, and there is only one; set it to 0")
         first = (row - 1) % r.n  # a material is the second phase of the one before it
         ln_d, row = torch.cat([ln_d, ln_d]), torch.cat([row, first])
         intensity = torch.cat([intensity, intensity * m.second_phase[first]])
-    sin = m.wavelength[row] / (2 * ln_d.exp() * (1 + m.strain[row]))
+    sin = m.wavelength[row] / (2 * ln_d.double().exp() * (1 + m.strain[row]))  # double: places agree on all devices
     theta = sin.clamp(max=1).asin() + torch.deg2rad(m.zero_shift[row] / 2) - m.displacement[row] / RADIUS * (1 - sin**2).clamp(min=0).sqrt()
     seen = (sin < 1) & (theta > 0) & (theta < math.pi / 2)
-    ln_d = torch.where(seen, (m.wavelength[row] / 2).log() - theta.sin().clamp(min=1e-9).log(), ln_d)
+    ln_d = torch.where(seen, ((m.wavelength[row] / 2) / theta.sin().clamp(min=1e-9)).log().float(), ln_d)
     order = (1000.0 * row - ln_d.double()).argsort()
     return Reflections(ln_d[order], (intensity * seen)[order], row[order], r.n)
 
 
 def _measure(r: Reflections, measurement: str | Measurement, generator: torch.Generator | None) -> tuple[Reflections, Tensor]:
     "Observed reflections, and the limits of the measurement in ln q (n, 2), within the model's range."
-    m = Measurement(*(v.to(r.ln_d.device) for v in draw_measurement(measurement, r.n, generator)))
+    m = draw_measurement(measurement, r.n, generator)
     sin = torch.deg2rad(torch.stack([m.two_theta_min, m.two_theta_max], 1) / 2).clamp(max=math.pi / 2).sin()
-    return observe(r, m, generator), (4 * math.pi * sin / m.wavelength[:, None]).clamp(min=1e-6).log().clamp(*LN_Q)
+    return observe(r, m, generator), upload((4 * math.pi * sin / m.wavelength[:, None]).clamp(min=1e-6).log().clamp(*LN_Q), r.ln_d.device)
 
 
 def _needed(generator: torch.Generator | None, what: str) -> torch.Generator:
@@ -664,17 +670,20 @@ def render(
     if not r.n or not (torch.bincount(r.row, minlength=r.n) > 0).all():
         raise ValueError("a material has no reflections to draw")
     device, step = r.ln_d.device, (high - low) / (n_points - 1)
-    m = Measurement(*(v.to(device) for v in draw_measurement(measurement, r.n, generator)))
-    y = _patterns(observe(r, m, generator), m, low, high, n_points)
+    m = draw_measurement(measurement, r.n, generator)
+    observed = observe(r, m, generator)
+    doublet, lifted, noisy = (bool(t.any()) for t in (m.kalpha2, m.background + m.hump, m.counts.isfinite()))  # before the device must be asked
+    m = m.to(device)
+    y = _patterns(observed, m, doublet, low, high, n_points)
     angle = low + step * torch.arange(n_points, device=device)
     end = torch.rad2deg(2 * (m.wavelength / (2 * d_min)).clamp(max=1).asin())
     measured = (angle >= m.two_theta_min[:, None]) & (angle <= torch.minimum(m.two_theta_max, end)[:, None])
     if not scaled: return Patterns(angle, y * measured, measured, m)
     y = y / y.amax(1, keepdim=True).clamp(min=1e-12)
-    if bool((m.background + m.hump > 0).any()):
+    if lifted:
         nodes = torch.linspace(low, high, _NODES, device=device)
         y += _stretch(_background(nodes, m, _on(_needed(generator, "a background"), device)), n_points)
-    if bool(m.counts.isfinite().any()):
+    if noisy:
         noise = torch.randn(y.shape, generator=_on(_needed(generator, "counting noise"), device), device=device)
         y.addcmul_(noise, (y / m.counts[:, None]).sqrt_())  # Gaussian for Poisson: good above some 20 counts
     y.clamp_(min=0)
@@ -682,34 +691,34 @@ def render(
     return Patterns(angle, _TRANSFORMS[transform](y.div_(y.amax(1, keepdim=True).clamp_(min=1e-12))), measured, m)
 
 
-def _patterns(r: Reflections, m: Measurement, low: float, high: float, n_points: int) -> Tensor:
-    "Intensity per degree (n, n_points), by a bent axis on which all peaks have width 1."
+def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: float, n_points: int) -> Tensor:
+    "Intensity per degree (n, n_points), by a bent axis on which all peaks have width 1. Places are double, or they differ between devices."
     n, device, row, intensity = r.n, r.ln_d.device, r.row, r.intensity
     used = 6144 * math.ceil(n_points / 4096)  # cells of the axis
     canvas_size = used * 4 // 3  # the rest keeps tails that leave at one end from coming in at the other
-    sin = m.wavelength[row] / (2 * r.ln_d.exp())
-    if bool((m.kalpha2 > 0).any()):
+    sin = m.wavelength[row] / (2 * r.ln_d.double().exp())
+    if doublet:
         sin = torch.cat([sin, sin * (1 + m.kalpha2_shift[row])])
         intensity, row = torch.cat([intensity, intensity * m.kalpha2[row]]), torch.cat([row, row])
-    sin2 = sin**2
+    sin2 = sin.float() ** 2
     polarised = torch.deg2rad(m.monochromator).cos()[row] ** 2
     intensity = intensity * (1 + polarised * (1 - 2 * sin2) ** 2) / (sin2 * (1 - sin2).clamp(min=1e-6).sqrt())
 
     h = (high - low) / (_NODES - 1)
     margin = math.ceil(_MARGIN / h)  # nodes
-    nodes = low + h * torch.arange(-margin, _NODES + margin, device=device)
+    nodes = low + h * torch.arange(-margin, _NODES + margin, dtype=torch.float64, device=device)
     fwhm, eta = peak_shape(nodes.clamp(0, 170).expand(n, -1), m, NARROWEST * (high - low) / (n_points - 1))
     density = 1 / fwhm
-    u = torch.cat([torch.zeros(n, 1, device=device), ((density[:, 1:] + density[:, :-1]) * (h / 2)).cumsum(1)], 1)
+    u = torch.cat([nodes.new_zeros(n, 1), ((density[:, 1:] + density[:, :-1]) * (h / 2)).cumsum(1)], 1)
     cells = used / u[:, -1:]  # a width
-    u, density = u * cells, density * cells
+    u, density, cells = u * cells, (density * cells).float(), cells.float()
 
     place = (torch.rad2deg(2 * sin.clamp(max=1).asin()) - nodes[0]) / h
     there = (place >= 0) & (place <= len(nodes) - 1) & (sin < 1)
     node = place.clamp_(0, len(nodes) - 1).long().clamp_(max=len(nodes) - 2)
     share, flat = place - node, row * len(nodes) + node
     between = lambda t: torch.lerp(t.reshape(-1)[flat], t.reshape(-1)[flat + 1], share)
-    at, lorentz = between(u), between(eta)
+    at, lorentz = between(u), between(eta).float()
     gauss, lorentz = (torch.where(there, intensity * w, 0.0) for w in (1 - lorentz, lorentz))
     canvas = torch.zeros(n * 2 * canvas_size, device=device)
     cell, weights = _spline(at)
@@ -732,7 +741,7 @@ def _patterns(r: Reflections, m: Measurement, low: float, high: float, n_points:
 def _spline(at: Tensor) -> tuple[Tensor, list[Tensor]]:
     "First of the three cells around a place (cell 1 is place 0), and their weights by a quadratic B-spline."
     nearest = at.round()
-    t = at - nearest
+    t = (at - nearest).float()
     before, behind = (0.5 - t).square_().mul_(0.5), (0.5 + t).square_().mul_(0.5)
     return nearest.long(), [before, 0.75 - t.square_(), behind]
 

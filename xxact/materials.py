@@ -387,13 +387,14 @@ class MaterialSet:
     def batch(
         self,
         index: Tensor,  # (n,) int64, on the CPU
+        width: int = 0,  # columns for elements, at least as many as any of the materials has; 0: just as many
     ) -> Batch:
         "Gather some materials on the device."
         device = self.ln_d.device
         z_at, z_row, n_z = _ragged(self.first_element, index, device)
         column = torch.arange(len(z_at), device=device) - torch.repeat_interleave(n_z.cumsum(0) - n_z, n_z, output_size=len(z_at))
         padded = z_row, column
-        width = int((self.first_element[index + 1] - self.first_element[index]).max())
+        width = width or int((self.first_element[index + 1] - self.first_element[index]).max())
         z = torch.zeros(len(index), width, dtype=torch.int64, device=device).index_put_(padded, self.atomic_numbers[z_at].long())
         x = torch.zeros(len(index), width, device=device).index_put_(padded, self.fractions[z_at])
         at, row, _ = _ragged(self.first_reflection, index, device)

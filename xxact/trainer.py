@@ -261,6 +261,7 @@ class Feed:
         self.data = data if on_device is False else data.to(device)
         self.thread = ThreadPoolExecutor(1) if on_device is False else None
         self.ahead: dict[int, Future] = {}
+        self.width = 0 if device.type == "cpu" else int(data.first_element.diff().max())  # on a GPU all batches have one shape, for the compiler
 
     def __call__(self, step: int) -> Batch:
         "The batch of a step."
@@ -269,7 +270,7 @@ class Feed:
         self.ahead = {step + 1: self.thread.submit(self._gather, step + 1)}
         return now.result()
 
-    def _gather(self, step: int) -> Batch: return self.data.batch(self.chosen(step)).to(self.device)
+    def _gather(self, step: int) -> Batch: return self.data.batch(self.chosen(step), self.width).to(self.device)
 
 # %% ../nbs/09_trainer.ipynb #03173ffa
 def pick_precision(
@@ -288,15 +289,16 @@ def compile_objective(
     precision: str = "fp32",
 ) -> bool:  # whether it worked, for all processes
     "Compile what an objective computes, or warn and leave it as it is. Gradients are as before."
-    objective.compute, failed = torch.compile(objective.compute), ""
-    for t in (example.batch.atomic_numbers, example.batch.fractions): torch._dynamo.maybe_mark_dynamic(t, 1)  # the elements of the richest material
+    objective.compute, failed, device = torch.compile(objective.compute), "", example.batch.composition.device
+    if device.type == "cpu":  # as many columns as the richest material of a batch has elements; on a GPU always as many, see `Feed`
+        for t in (example.batch.atomic_numbers, example.batch.fractions): torch._dynamo.maybe_mark_dynamic(t, 1)
     try:
-        with torch.autocast(example.batch.composition.device.type, torch.bfloat16, enabled=precision == "bf16"): out = objective.compute(example)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"): out = objective.compute(example)
         sum(t.float().sum() for part in out for t in ([part] if isinstance(part, Tensor) else part) if t.requires_grad).backward()
     except torch.OutOfMemoryError: raise
     except Exception as e: failed = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
     objective.zero_grad()
-    works = not float(total(torch.tensor(float(bool(failed)), device=example.batch.composition.device)))
+    works = not float(total(torch.tensor(float(bool(failed)), device=device)))
     if not works:
         del objective.compute  # that of the class is left
         warnings.warn(f"torch.compile does not work here ({failed or 'in another process'}); going on without, which is slower", stacklevel=3)
