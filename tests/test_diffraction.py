@@ -341,14 +341,27 @@ def test_patterns_of_a_batch_are_its_members():
     for i, one in enumerate(lists): assert torch.allclose(together[i], render(batch_reflections([one])).intensity[0], atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@needs_gpu
 @pytest.mark.parametrize("kind", MEASUREMENTS)
 def test_the_gpu_draws_the_same(kind):
     r = batch_reflections([reflections(*random_crystal(s)) for s in range(64)])
     m = Measurement(*(float(v) for v in draw_measurement(kind, 1, seeded(0))))._replace(texture=0.0, background=0.0, hump=0.0, counts=math.inf)
     there = r.to(torch.device("cuda"))
     for what in (lambda r: render(r, m).intensity, lambda r: render(r, m, transform="log").intensity, lambda r: peaks(r, measurement=m).intensity,
-                 lambda r: peaks(r, measurement=m).ln_q, window_pattern): assert torch.allclose(what(r), what(there).cpu(), atol=1e-4)
+                 lambda r: peaks(r, measurement=m).ln_q, lambda r: window_pattern(r) ** 2):
+        assert torch.allclose(what(r), what(there).cpu(), atol=1e-4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", MEASUREMENTS)
+def test_drawing_does_not_wait_for_the_gpu(kind):
+    there = batch_reflections([reflections(*random_crystal(s)) for s in range(64)]).to(torch.device("cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try: render(there, kind, generator=seeded(0)), peaks(there, measurement=kind, generator=seeded(0))
+    finally: torch.cuda.set_sync_debug_mode("default")
 
 
 @given(st.integers(0, 10**6), st.floats(0.5, 1.8), st.integers(5000, 9000))

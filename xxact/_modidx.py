@@ -61,6 +61,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'xxact.diffraction._check_crystals': ('diffraction.html#_check_crystals', 'xxact/diffraction.py'),
                                    'xxact.diffraction._factor_table': ('diffraction.html#_factor_table', 'xxact/diffraction.py'),
                                    'xxact.diffraction._gaussian': ('diffraction.html#_gaussian', 'xxact/diffraction.py'),
+                                   'xxact.diffraction._knots': ('diffraction.html#_knots', 'xxact/diffraction.py'),
                                    'xxact.diffraction._measure': ('diffraction.html#_measure', 'xxact/diffraction.py'),
                                    'xxact.diffraction._merge': ('diffraction.html#_merge', 'xxact/diffraction.py'),
                                    'xxact.diffraction._needed': ('diffraction.html#_needed', 'xxact/diffraction.py'),

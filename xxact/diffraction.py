@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/01_diffraction.ipynb #63e42834
@@ -336,7 +335,7 @@ def batch_reflections(
 # %% ../nbs/01_diffraction.ipynb #989a4525
 def _gaussian(
     frequency: Tensor,  # cycles per unit of the axis
-    fwhm: float | Tensor,  # in units of the axis
+    fwhm: float,  # in units of the axis
 ) -> Tensor:
     "Fourier transform of a Gaussian of unit area."
     return torch.exp(-((math.pi * fwhm * frequency) ** 2) / (4 * math.log(2)))
@@ -667,19 +666,19 @@ def render(
     if n_points < 2: raise ValueError(f"n_points={n_points} must be at least 2")
     if not d_min > 0: raise ValueError(f"d_min={d_min:g} Å must be positive")
     if transform not in _TRANSFORMS: raise ValueError(f"transform={transform!r} does not exist; choose from {', '.join(_TRANSFORMS)}")
-    if not r.n or not (torch.bincount(r.row, minlength=r.n) > 0).all():
+    device = r.ln_d.device
+    if not r.n or (device.type == "cpu" and not (torch.bincount(r.row, minlength=r.n) > 0).all()):  # a GPU would have to be waited for
         raise ValueError("a material has no reflections to draw")
-    device, step = r.ln_d.device, (high - low) / (n_points - 1)
     m = draw_measurement(measurement, r.n, generator)
-    observed = observe(r, m, generator)
-    doublet, lifted, noisy = (bool(t.any()) for t in (m.kalpha2, m.background + m.hump, m.counts.isfinite()))  # before the device must be asked
-    m = m.to(device)
+    observed, ends = observe(r, m, generator), torch.minimum(m.two_theta_max, torch.rad2deg(2 * (m.wavelength / (2 * d_min)).clamp(max=1).asin()))
+    whole = bool((m.two_theta_min <= low).all() and (ends >= high).all())  # what can be known before the device must be waited for
+    doublet, lifted, noisy = (bool(t.any()) for t in (m.kalpha2, m.background + m.hump, m.counts.isfinite()))
+    m, ends = m.to(device), upload(ends, device)
     y = _patterns(observed, m, doublet, low, high, n_points)
-    angle = low + step * torch.arange(n_points, device=device)
-    end = torch.rad2deg(2 * (m.wavelength / (2 * d_min)).clamp(max=1).asin())
-    measured = (angle >= m.two_theta_min[:, None]) & (angle <= torch.minimum(m.two_theta_max, end)[:, None])
+    angle = low + (high - low) / (n_points - 1) * torch.arange(n_points, device=device)
+    measured = (angle >= m.two_theta_min[:, None]) & (angle <= ends[:, None])
     if not scaled: return Patterns(angle, y * measured, measured, m)
-    y = y / y.amax(1, keepdim=True).clamp(min=1e-12)
+    y.div_(y.amax(1, keepdim=True).clamp(min=1e-12))
     if lifted:
         nodes = torch.linspace(low, high, _NODES, device=device)
         y += _stretch(_background(nodes, m, _on(_needed(generator, "a background"), device)), n_points)
@@ -687,7 +686,7 @@ def render(
         noise = torch.randn(y.shape, generator=_on(_needed(generator, "counting noise"), device), device=device)
         y.addcmul_(noise, (y / m.counts[:, None]).sqrt_())  # Gaussian for Poisson: good above some 20 counts
     y.clamp_(min=0)
-    if not measured.all(): y *= measured
+    if not whole: y *= measured
     return Patterns(angle, _TRANSFORMS[transform](y.div_(y.amax(1, keepdim=True).clamp_(min=1e-12))), measured, m)
 
 
@@ -726,16 +725,21 @@ def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: f
         first = row * 2 * canvas_size + cell + i
         canvas.index_add_(0, torch.cat([first, first + canvas_size]), torch.cat([gauss * weight, lorentz * weight]))
     frequency = torch.fft.rfftfreq(canvas_size, device=device)
-    parts = torch.view_as_real(torch.fft.rfft(canvas.view(n, 2, canvas_size)))
-    sharpen = torch.sinc(frequency) ** -6  # a spline spreads what is put on the canvas, and another what is read
-    gauss, lorentz = ((shape * sharpen)[..., None] for shape in (_gaussian(frequency, cells), torch.exp(-math.pi * cells * frequency)))
-    y = torch.fft.irfft(torch.view_as_complex(torch.addcmul(parts[:, 0] * gauss, parts[:, 1], lorentz)), n=canvas_size)
+    spectrum = torch.fft.rfft(canvas.view(n, 2, canvas_size))
+    sharpen = -6 * torch.sinc(frequency).log()  # a spline spreads what is put on the canvas, and another what is read
+    gauss = torch.addcmul(sharpen, cells**2, -((math.pi * frequency) ** 2) / (4 * math.log(2))).exp_()
+    lorentz = torch.addcmul(sharpen, cells, -math.pi * frequency).exp_()
+    spectrum = torch.complex(*(torch.addcmul(part[:, 0] * gauss, part[:, 1], lorentz) for part in (spectrum.real, spectrum.imag)))
+    y = torch.fft.irfft(spectrum, n=canvas_size)
 
-    at, slope = (_stretch(t[:, margin:-margin], n_points) for t in (u, density))
-    cell, weights = _spline(at)
-    read = sum(weight.mul_(y[:, i : canvas_size - 2 + i].gather(1, cell)) for i, weight in enumerate(weights))
-    read.mul_(slope)
-    return torch.where(read > 1e-6 * y.amax(1, keepdim=True) * slope, read, 0.0)  # below is the noise of the transform
+    u, slope = u[:, margin:-margin], _stretch(density[:, margin:-margin], n_points)
+    knot, beyond = _knots(u.shape[1], n_points, device)
+    whole = u.floor()  # apart from the rest, which single precision holds
+    nearest, weights = _spline(torch.addcmul((u - whole).float().index_select(1, knot), u.diff(dim=1).float().index_select(1, knot), beyond))
+    cell = whole.long().index_select(1, knot).add_(nearest)
+    near = [y[:, i : canvas_size - 2 + i].gather(1, cell) for i in range(3)]
+    read = weights[0].mul_(near[0]).addcmul_(weights[1], near[1]).addcmul_(weights[2], near[2])
+    return read.sub_(1e-6 * y.amax(1, keepdim=True)).clamp_(min=0).mul_(slope)  # below is the noise of the transform
 
 
 def _spline(at: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -746,9 +750,17 @@ def _spline(at: Tensor) -> tuple[Tensor, list[Tensor]]:
     return nearest.long(), [before, 0.75 - t.square_(), behind]
 
 
+def _knots(nodes: int, n_points: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    "The node before each of some points spread evenly over all nodes, and how far beyond it the point is."
+    at = torch.linspace(0, nodes - 1, n_points, dtype=torch.float64, device=device)
+    knot = at.long().clamp_(max=nodes - 2)
+    return knot, (at - knot).float()
+
+
 def _stretch(t: Tensor, n_points: int) -> Tensor:
     "Linear interpolation of (n, nodes) to (n, n_points)."
-    return F.interpolate(t[:, None], n_points, mode="linear", align_corners=True)[:, 0]
+    knot, beyond = _knots(t.shape[1], n_points, t.device)
+    return torch.addcmul(t.index_select(1, knot), t.diff(dim=1).index_select(1, knot), beyond)
 
 
 def _background(angle: Tensor, m: Measurement, generator: torch.Generator) -> Tensor:
@@ -756,8 +768,8 @@ def _background(angle: Tensor, m: Measurement, generator: torch.Generator) -> Te
     n, device = len(m.background), angle.device
     x = torch.linspace(-1, 1, len(angle), device=device)
     basis = torch.stack([torch.exp(-3 * (1 + x)), torch.ones_like(x), x, 2 * x**2 - 1, 4 * x**3 - 3 * x])
-    weight = torch.randn(n, 5, generator=generator, device=device) / torch.tensor([1.0, 3, 3, 3, 3], device=device)
-    y = torch.cat([weight[:, :1].abs(), weight[:, 1:]], 1) @ basis
+    weight = torch.randn(n, 5, generator=generator, device=device)
+    y = torch.cat([weight[:, :1].abs(), weight[:, 1:] / 3], 1) @ basis
     y = y - y.amin(1, keepdim=True)
     d, fwhm = (low + (high - low) * torch.rand(n, generator=generator, device=device) for low, high in ((3.0, 5.0), (5.0, 12.0)))  # Å, degrees
     centre = two_theta_of(d, m.wavelength).nan_to_num(180.0)

@@ -289,7 +289,9 @@ def compile_objective(
     precision: str = "fp32",
 ) -> bool:  # whether it worked, for all processes
     "Compile what an objective computes, or warn and leave it as it is. Gradients are as before."
-    objective.compute, failed, device = torch.compile(objective.compute), "", example.batch.composition.device
+    failed, device = "", example.batch.composition.device
+    graphs = device.type == "cuda" and processes()[1] == 1  # a small step takes the CPU longer to launch than the GPU to compute
+    objective.compute = torch.compile(objective.compute, mode="reduce-overhead" if graphs else None)
     if device.type == "cpu":  # as many columns as the richest material of a batch has elements; on a GPU always as many, see `Feed`
         for t in (example.batch.atomic_numbers, example.batch.fractions): torch._dynamo.maybe_mark_dynamic(t, 1)
     try:
