@@ -343,7 +343,7 @@ def test_bf16_follows_fp32(task, data_file, tmp_path):
 def captured(monkeypatch):
     "torch.compile without the compiler: the network is captured, differentiated, and run as it is."
     whole = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f: whole(f, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(torch, "compile", lambda f, mode: whole(f, backend="aot_eager", fullgraph=True))
     yield
     torch._dynamo.reset()
 
@@ -382,7 +382,7 @@ def test_a_compiler_that_fails_is_done_without(where, data_file, tmp_path, monke
         @staticmethod
         def backward(ctx, gradient): raise RuntimeError("no compiler found")
 
-    def broken(function):
+    def broken(function, mode):
         def compiled(p):
             if where == "forward": raise RuntimeError("no compiler found")
             out = function(p)
@@ -615,7 +615,7 @@ def test_a_damaged_log_is_told(tmp_path):
 def test_evaluation_is_done_without_the_compiled_network(data_file, tmp_path, monkeypatch):
     data = MaterialSet.load(data_file)
 
-    def compiled(function):
+    def compiled(function, mode):
         def run(prepared):
             assert torch.is_grad_enabled(), "it would be compiled again"
             return function(prepared)
