@@ -619,7 +619,7 @@ def _needed(generator: torch.Generator | None, what: str) -> torch.Generator:
     return generator
 
 # %% ../nbs/01_diffraction.ipynb #653a8a50
-_NODES, _MARGIN = 256, 5.0  # of the bent axis: nodes within the grid; degrees beyond each end within which peaks are drawn
+_NODES, _MARGIN = 256, 5.0  # of the bent axis: nodes within the grid, at least; degrees beyond each end within which peaks are drawn
 NARROWEST = 2.5  # steps of the grid; a narrower peak is drawn this wide
 _TRANSFORMS = dict(none=lambda y: y, sqrt=torch.sqrt, log=lambda y: torch.log1p(1e3 * y) / math.log1p(1e3))
 
@@ -675,13 +675,15 @@ def render(
     doublet, lifted, noisy = (bool(t.any()) for t in (m.kalpha2, m.background + m.hump, m.counts.isfinite()))
     m, ends = m.to(device), upload(ends, device)
     y = _patterns(observed, m, doublet, low, high, n_points)
-    angle = low + (high - low) / (n_points - 1) * torch.arange(n_points, device=device)
+    step = (high - low) / (n_points - 1)
+    angle = low + step * torch.arange(n_points, device=device)
     measured = (angle >= m.two_theta_min[:, None]) & (angle <= ends[:, None])
     if not scaled: return Patterns(angle, y * measured, measured, m)
     y.div_(y.amax(1, keepdim=True).clamp(min=1e-12))
     if lifted:
-        nodes = torch.linspace(low, high, _NODES, device=device)
-        y += _stretch(_background(nodes, m, _on(_needed(generator, "a background"), device)), n_points)
+        intervals, h = _intervals(n_points, step)
+        background = _background(low + h * torch.arange(intervals + 1, device=device), m, _on(_needed(generator, "a background"), device))
+        y += _stretch(background[:, :-1], background.diff(dim=1), n_points)
     if noisy:
         noise = torch.randn(y.shape, generator=_on(_needed(generator, "counting noise"), device), device=device)
         y.addcmul_(noise, (y / m.counts[:, None]).sqrt_())  # Gaussian for Poisson: good above some 20 counts
@@ -703,10 +705,11 @@ def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: f
     polarised = torch.deg2rad(m.monochromator).cos()[row] ** 2
     intensity = intensity * (1 + polarised * (1 - 2 * sin2) ** 2) / (sin2 * (1 - sin2).clamp(min=1e-6).sqrt())
 
-    h = (high - low) / (_NODES - 1)
+    step = (high - low) / (n_points - 1)
+    intervals, h = _intervals(n_points, step)
     margin = math.ceil(_MARGIN / h)  # nodes
-    nodes = low + h * torch.arange(-margin, _NODES + margin, dtype=torch.float64, device=device)
-    fwhm, eta = peak_shape(nodes.clamp(0, 170).expand(n, -1), m, NARROWEST * (high - low) / (n_points - 1))
+    nodes = low + h * torch.arange(-margin, intervals + 1 + margin, dtype=torch.float64, device=device)
+    fwhm, eta = peak_shape(nodes.clamp(0, 170).expand(n, -1), m, NARROWEST * step)
     density = 1 / fwhm
     u = torch.cat([nodes.new_zeros(n, 1), ((density[:, 1:] + density[:, :-1]) * (h / 2)).cumsum(1)], 1)
     cells = used / u[:, -1:]  # a width
@@ -720,7 +723,8 @@ def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: f
     at, lorentz = between(u), between(eta).float()
     gauss, lorentz = (torch.where(there, intensity * w, 0.0) for w in (1 - lorentz, lorentz))
     canvas = torch.zeros(n * 2 * canvas_size, device=device)
-    cell, weights = _spline(at)
+    nearest, weights = _spline(at)
+    cell = nearest.long()
     for i, weight in enumerate(weights):
         first = row * 2 * canvas_size + cell + i
         canvas.index_add_(0, torch.cat([first, first + canvas_size]), torch.cat([gauss * weight, lorentz * weight]))
@@ -732,35 +736,40 @@ def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: f
     spectrum = torch.complex(*(torch.addcmul(part[:, 0] * gauss, part[:, 1], lorentz) for part in (spectrum.real, spectrum.imag)))
     y = torch.fft.irfft(spectrum, n=canvas_size)
 
-    u, slope = u[:, margin:-margin], _stretch(density[:, margin:-margin], n_points)
-    knot, beyond = _knots(u.shape[1], n_points, device)
-    whole = u.floor()  # apart from the rest, which single precision holds
-    nearest, weights = _spline(torch.addcmul((u - whole).float().index_select(1, knot), u.diff(dim=1).float().index_select(1, knot), beyond))
-    cell = whole.long().index_select(1, knot).add_(nearest)
+    u, slope = u[:, margin : margin + intervals + 1], density[:, margin : margin + intervals + 1]
+    slope = _stretch(slope[:, :-1], slope.diff(dim=1), n_points)
+    begin, rise = u[:, :-1].floor(), u.diff(dim=1).float()  # whole cells apart from the rest, which single precision holds
+    nearest, weights = _spline(_stretch((u[:, :-1] - begin).float(), rise, n_points))
+    cell = _stretch(begin.float(), torch.zeros_like(rise), n_points).add_(nearest).long()
     near = [y[:, i : canvas_size - 2 + i].gather(1, cell) for i in range(3)]
     read = weights[0].mul_(near[0]).addcmul_(weights[1], near[1]).addcmul_(weights[2], near[2])
     return read.sub_(1e-6 * y.amax(1, keepdim=True)).clamp_(min=0).mul_(slope)  # below is the noise of the transform
 
 
 def _spline(at: Tensor) -> tuple[Tensor, list[Tensor]]:
-    "First of the three cells around a place (cell 1 is place 0), and their weights by a quadratic B-spline."
+    "First of the three cells around a place (cell 1 is place 0), a whole number; and their weights by a quadratic B-spline."
     nearest = at.round()
     t = (at - nearest).float()
     before, behind = (0.5 - t).square_().mul_(0.5), (0.5 + t).square_().mul_(0.5)
-    return nearest.long(), [before, 0.75 - t.square_(), behind]
+    return nearest, [before, 0.75 - t.square_(), behind]
 
 
-def _knots(nodes: int, n_points: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    "The node before each of some points spread evenly over all nodes, and how far beyond it the point is."
-    at = torch.linspace(0, nodes - 1, n_points, dtype=torch.float64, device=device)
-    knot = at.long().clamp_(max=nodes - 2)
-    return knot, (at - knot).float()
+def _per_node(n_points: int) -> tuple[int, int]:
+    "Grid steps from node to node, and nodes a grid step; one of them is 1."
+    return max(1, (n_points - 1) // _NODES), max(1, _NODES // (n_points - 1))
 
 
-def _stretch(t: Tensor, n_points: int) -> Tensor:
-    "Linear interpolation of (n, nodes) to (n, n_points)."
-    knot, beyond = _knots(t.shape[1], n_points, t.device)
-    return torch.addcmul(t.index_select(1, knot), t.diff(dim=1).index_select(1, knot), beyond)
+def _intervals(n_points: int, step: float) -> tuple[int, float]:
+    "How many intervals between nodes cover the grid, and how wide they are."
+    steps, nodes = _per_node(n_points)
+    return (n_points - 1) * nodes // steps + 1, step * steps / nodes
+
+
+def _stretch(begin: Tensor, rise: Tensor, n_points: int) -> Tensor:
+    "What begins each interval (n, intervals) and rises evenly to its end, at the points of the grid (n, n_points)."
+    steps, nodes = _per_node(n_points)
+    share = torch.arange(steps, device=begin.device) / steps
+    return (rise[..., None] * share).add_(begin[..., None]).flatten(1)[:, : (n_points - 1) * nodes + 1 : nodes]
 
 
 def _background(angle: Tensor, m: Measurement, generator: torch.Generator) -> Tensor:

@@ -1074,9 +1074,9 @@ def speed_table(
     newest: dict[tuple, dict] = {}
     for path in sorted((root / "figures/bench").glob("*.jsonl")):
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            newest[row["bench"], row.get("task"), row.get("size"), row["device"] if "device" in row else "cpu"] = row
+            newest[row["bench"], row.get("task"), row.get("size"), row.get("batch_size"), row.get("device", "cpu")] = row
     lines = [["what", "a second", "speed", "hardware", "commit"]]
-    for (bench, task, size, device), row in newest.items():
+    for (bench, task, size, batch, device), row in newest.items():
         machine = row["hardware"].replace("thread(s) on", "of"), row["commit"]
         add = lambda what, rate, speed: lines.append([what, f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", speed, *machine])  # noqa: B023
         if bench == "diffraction":
@@ -1087,7 +1087,7 @@ def speed_table(
         elif bench == "train":
             share = f"{row['ratio_to_bare_step']:.2f} of the bare network's; samples are drawn in {100 * row['render_share']:.1f} % of a step"
             if "patterns_share" in row: share += f", as `lab` patterns of 4,096 points they would be in {100 * row['patterns_share']:.1f} %"
-            add(f"materials in training: {task}, size `{size}` ({device}, {row['precision']})", row["materials_per_s"], share)
+            add(f"materials in training: {task}, size `{size}`, batches of {batch:,} ({device}, {row['precision']})", row["materials_per_s"], share)
         elif bench == "predict":
             share = f"{row['ratio_to_bare_network']:.2f} of the bare network's"
             add(f"answers to scans of {row['points']:,} points", row["predictions_per_s"], share)
