@@ -223,6 +223,20 @@ def test_the_area_of_a_peak_is_its_intensity(angle, seed):
     assert abs(float(x[y[0].argmax()]) - angle) <= float(x[1] - x[0])
 
 
+@pytest.mark.parametrize("share", [1e-2, 1e-3])
+def test_a_weak_peak_keeps_its_area(share):
+    d = torch.tensor([bragg(30.0), bragg(60.0)])
+    intensity = torch.tensor([1.0, share]) / lorentz_polarisation(d)
+    x, y, *_ = render(Reflections(d.log(), intensity, torch.zeros(2, dtype=torch.int64), 1), Measurement(caglioti_w=0.04), scaled=False)
+    assert abs(float(y[0, x > 45].sum() * (x[1] - x[0])) / share - 1) < 2e-3
+
+
+def test_nothing_is_drawn_where_nothing_is_measured():
+    r = batch_reflections([reflections(*random_crystal(3))])
+    drawn = render(r, Measurement(two_theta_min=5.0, two_theta_max=90.0, background=0.1), n_points=142, generator=seeded(0))
+    assert float(drawn.two_theta[-1]) > 90 and not drawn.measured[0, -1] and (drawn.intensity[~drawn.measured] == 0).all()
+
+
 def test_a_peak_outside_the_grid_leaves_only_its_tail():
     alone = [line(19.7), line(60)]  # in front of a grid that begins at 20°, and far from it
     near, far = (render(r, Measurement(crystallite_size=20.0), two_theta=(20, 40), scaled=False).intensity[0] for r in alone)
@@ -327,8 +341,8 @@ def test_what_was_not_measured_is_marked():
     assert torch.equal(measured[0], x <= 2 * math.degrees(math.asin(0.25 / 1.05))) and (y[~measured] == 0).all()  # stored lines end at 1.05 Å
 
 
-@pytest.mark.parametrize("n_points", [4096, 9000, 20000])
-def test_a_finer_grid_is_as_exact(n_points):
+@pytest.mark.parametrize("n_points", [33, 130, 257, 4096, 9000, 20000])
+def test_any_grid_is_as_exact(n_points):
     r, m = batch_reflections([reflections(*random_crystal(7))]), Measurement(caglioti_w=1e-6)
     x, y, *_ = render(r, m, n_points=n_points, scaled=False)
     exact = written_out(r, m, x, float(x[1] - x[0]))

@@ -462,6 +462,16 @@ def test_a_step_asks_the_device_nothing(task, device, data_file, monkeypatch):
     with pytest.raises((AssertionError, RuntimeError)), no_waiting(device): losses["loss"].item()
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_columns_without_elements_change_nothing(task, data_file):
+    data, index = MaterialSet.load(data_file), torch.arange(16)
+    batches = data.batch(index), data.batch(index, 12)
+    assert batches[0].fractions.shape[1] < batches[1].fractions.shape[1] == 12 and (batches[1].atomic_numbers[:, -1] == 0).all()
+    it = objective(task, data).eval()
+    one, other = (it(it.prepare(batch, draws(0, 0))) for batch in batches)
+    assert {k: v.item() for k, v in one.items()} == pytest.approx({k: v.item() for k, v in other.items()}, abs=1e-5)
+
+
 def test_the_best_weights_so_far_are_kept(data_file, tmp_path):
     data = MaterialSet.load(data_file)
     index, held_out = data.indices("train"), data.indices("val")

@@ -602,7 +602,7 @@ def observe(
     sin = m.wavelength[row] / (2 * ln_d.double().exp() * (1 + m.strain[row]))  # double: places agree on all devices
     theta = sin.clamp(max=1).asin() + torch.deg2rad(m.zero_shift[row] / 2) - m.displacement[row] / RADIUS * (1 - sin**2).clamp(min=0).sqrt()
     seen = (sin < 1) & (theta > 0) & (theta < math.pi / 2)
-    ln_d = torch.where(seen, ((m.wavelength[row] / 2) / theta.sin().clamp(min=1e-9)).log().float(), ln_d)
+    ln_d = torch.where(seen, ((m.wavelength[row] / 2) / theta.sin().clamp(min=1e-9)).log().to(ln_d.dtype), ln_d)
     order = (1000.0 * row - ln_d.double()).argsort()
     return Reflections(ln_d[order], (intensity * seen)[order], row[order], r.n)
 
@@ -619,7 +619,7 @@ def _needed(generator: torch.Generator | None, what: str) -> torch.Generator:
     return generator
 
 # %% ../nbs/01_diffraction.ipynb #653a8a50
-_NODES, _MARGIN = 256, 5.0  # of the bent axis: nodes within the grid, at least; degrees beyond each end within which peaks are drawn
+_NODES, _MARGIN = 256, 5.0  # of the bent axis: about so many nodes within the grid; degrees beyond each end within which peaks are drawn
 NARROWEST = 2.5  # steps of the grid; a narrower peak is drawn this wide
 _TRANSFORMS = dict(none=lambda y: y, sqrt=torch.sqrt, log=lambda y: torch.log1p(1e3 * y) / math.log1p(1e3))
 
@@ -660,29 +660,31 @@ def render(
     generator: torch.Generator | None = None,  # on the CPU; where the measurement draws random numbers
     scaled: bool = True,  # False: peaks alone, in intensity per degree: the area of each is its intensity with Lorentz-polarisation
 ) -> Patterns:
-    "Powder patterns of a batch, 0 where no line is near. Raises `ValueError` for what cannot be drawn."
+    """Powder patterns of a batch, 0 where no line is near. Raises `ValueError` for what cannot be drawn; a GPU is not asked whether each material
+    has reflections."""
     low, high = two_theta
     if not (0 <= low < high < 180): raise ValueError(f"2θ must rise within 0 to 180°, not {two_theta}")
     if n_points < 2: raise ValueError(f"n_points={n_points} must be at least 2")
     if not d_min > 0: raise ValueError(f"d_min={d_min:g} Å must be positive")
     if transform not in _TRANSFORMS: raise ValueError(f"transform={transform!r} does not exist; choose from {', '.join(_TRANSFORMS)}")
     device = r.ln_d.device
-    if not r.n or (device.type == "cpu" and not (torch.bincount(r.row, minlength=r.n) > 0).all()):  # a GPU would have to be waited for
+    if not r.n or (device.type == "cpu" and not (torch.bincount(r.row, minlength=r.n) > 0).all()):
         raise ValueError("a material has no reflections to draw")
     m = draw_measurement(measurement, r.n, generator)
     observed, ends = observe(r, m, generator), torch.minimum(m.two_theta_max, torch.rad2deg(2 * (m.wavelength / (2 * d_min)).clamp(max=1).asin()))
-    whole = bool((m.two_theta_min <= low).all() and (ends >= high).all())  # what can be known before the device must be waited for
-    doublet, lifted, noisy = (bool(t.any()) for t in (m.kalpha2, m.background + m.hump, m.counts.isfinite()))
-    m, ends = m.to(device), upload(ends, device)
-    y = _patterns(observed, m, doublet, low, high, n_points)
     step = (high - low) / (n_points - 1)
-    angle = low + step * torch.arange(n_points, device=device)
+    angle = low + step * torch.arange(n_points)
+    whole = bool((m.two_theta_min <= angle[0]).all() and (ends >= angle[-1]).all())  # what can be known before the device must be waited for
+    doublet, lifted, noisy = (bool(t.any()) for t in (m.kalpha2, m.background + m.hump, m.counts.isfinite()))
+    m, ends, angle = m.to(device), upload(ends, device), upload(angle, device)
+    y = _patterns(observed, m, doublet, low, high, n_points)
     measured = (angle >= m.two_theta_min[:, None]) & (angle <= ends[:, None])
     if not scaled: return Patterns(angle, y * measured, measured, m)
     y.div_(y.amax(1, keepdim=True).clamp(min=1e-12))
     if lifted:
         intervals, h = _intervals(n_points, step)
-        background = _background(low + h * torch.arange(intervals + 1, device=device), m, _on(_needed(generator, "a background"), device))
+        nodes = (low + h * torch.arange(intervals + 1, device=device)).clamp(max=high)
+        background = _background(nodes, m, _on(_needed(generator, "a background"), device))
         y += _stretch(background[:, :-1], background.diff(dim=1), n_points)
     if noisy:
         noise = torch.randn(y.shape, generator=_on(_needed(generator, "counting noise"), device), device=device)
@@ -743,7 +745,8 @@ def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: f
     cell = _stretch(begin.float(), torch.zeros_like(rise), n_points).add_(nearest).long()
     near = [y[:, i : canvas_size - 2 + i].gather(1, cell) for i in range(3)]
     read = weights[0].mul_(near[0]).addcmul_(weights[1], near[1]).addcmul_(weights[2], near[2])
-    return read.sub_(1e-6 * y.amax(1, keepdim=True)).clamp_(min=0).mul_(slope)  # below is the noise of the transform
+    per_noise = 1e6 / y.amax(1, keepdim=True).clamp(min=1e-30)  # the transform's noise fades from twice to once of this
+    return read.mul_((read * per_noise).sub_(1).clamp_(0, 1)).mul_(slope)
 
 
 def _spline(at: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -775,7 +778,7 @@ def _stretch(begin: Tensor, rise: Tensor, n_points: int) -> Tensor:
 def _background(angle: Tensor, m: Measurement, generator: torch.Generator) -> Tensor:
     "A smooth background (n, angles), Chebyshev polynomials on a decay from low angle, and an amorphous hump."
     n, device = len(m.background), angle.device
-    x = torch.linspace(-1, 1, len(angle), device=device)
+    x = 2 * (angle - angle[0]) / (angle[-1] - angle[0]) - 1
     basis = torch.stack([torch.exp(-3 * (1 + x)), torch.ones_like(x), x, 2 * x**2 - 1, 4 * x**3 - 3 * x])
     weight = torch.randn(n, 5, generator=generator, device=device)
     y = torch.cat([weight[:, :1].abs(), weight[:, 1:] / 3], 1) @ basis

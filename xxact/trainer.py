@@ -295,8 +295,10 @@ def compile_objective(
     if device.type == "cpu":  # as many columns as the richest material of a batch has elements; on a GPU always as many, see `Feed`
         for t in (example.batch.atomic_numbers, example.batch.fractions): torch._dynamo.maybe_mark_dynamic(t, 1)
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"): out = objective.compute(example)
-        sum(t.float().sum() for part in out for t in ([part] if isinstance(part, Tensor) else part) if t.requires_grad).backward()
+        for _ in range(2 if graphs else 1):  # a graph is recorded the second time
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"): out = objective.compute(example)
+            sum(t.float().sum() for part in out for t in ([part] if isinstance(part, Tensor) else part) if t.requires_grad).backward()
+            objective.zero_grad()
     except torch.OutOfMemoryError: raise
     except Exception as e: failed = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
     objective.zero_grad()
