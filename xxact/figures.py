@@ -33,7 +33,7 @@ LARGEST_VECTOR = 150_000  # bytes
 
 
 def style() -> None:
-    "Set the look of all figures: small, colour-blind safe, readable at column width."
+    "Set the look of all figures: small, colour-blind safe, drawn at the size of print, one or two columns wide."
     import matplotlib.pyplot as plt
     import seaborn as sns
     sns.set_theme("paper", "ticks", palette="colorblind", font_scale=0.9)
@@ -269,6 +269,7 @@ def plot_convergence(
         ax.set_xlabel("fine-tuning step", fontsize=7); clock.set_xlabel("seconds of fine-tuning", fontsize=7)
         for a in (ax, clock): a.tick_params(axis="x", labelsize=6)
     axes[0, -1].legend(fontsize=6, handlelength=3)
+    fig.supylabel("mean error on the validation split", fontsize=8)
     return fig, band
 
 
