@@ -370,12 +370,39 @@ def test_the_gpu_draws_the_same(kind):
 
 
 @needs_gpu
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("kind", MEASUREMENTS)
-def test_drawing_does_not_wait_for_the_gpu(kind):
+def test_drawing_does_not_wait_for_the_gpu(kind, compile):
     there = batch_reflections([reflections(*random_crystal(s)) for s in range(64)]).to(torch.device("cuda"))
+    draw = lambda: (render(there, kind, generator=seeded(0), compile=compile), peaks(there, measurement=kind, generator=seeded(0)))
+    if compile: draw()  # what compiles may wait
     torch.cuda.set_sync_debug_mode("error")
-    try: render(there, kind, generator=seeded(0)), peaks(there, measurement=kind, generator=seeded(0))
+    try: draw()
     finally: torch.cuda.set_sync_debug_mode("default")
+
+
+def compiled_as_drawn(device, kind, transform="none"):
+    "Patterns of batches with other numbers of reflections, of which only the first may be compiled."
+    torch.compiler.reset()
+    for first in (0, 8, 16):
+        r = batch_reflections([reflections(*random_crystal(s)) for s in range(first, first + 8)]).to(torch.device(device))
+        with torch._dynamo.config.patch(error_on_recompile=first > 0):
+            plain, compiled = (render(r, kind, transform=transform, generator=seeded(first), compile=c) for c in (False, True))
+        assert torch.allclose(plain.intensity, compiled.intensity, atol=1e-4) and torch.equal(plain.measured, compiled.measured)
+
+
+@pytest.mark.parametrize("kind", MEASUREMENTS)
+def test_what_can_be_compiled_is_captured_whole_and_once(kind, monkeypatch):
+    "torch.compile without the compiler, which takes long."
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: whole(f, dynamic=dynamic, backend="aot_eager", fullgraph=True))
+    compiled_as_drawn("cpu", kind)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("kind", MEASUREMENTS)
+def test_compiled_patterns_are_as_the_others(kind, device):
+    compiled_as_drawn(device, kind, "log")
 
 
 @given(st.integers(0, 10**6), st.floats(0.5, 1.8), st.integers(5000, 9000))

@@ -57,6 +57,7 @@ def bench_diffraction(
     crystals: Sequence[Crystal],
     device: str = "cpu",  # where patterns are drawn; reflections are made on the CPU
     rounds: int = 5,  # each gives pymatgen its own part of the structures, and us all of them, of which the median is taken
+    compile: bool = False,  # what draws the patterns
 ) -> dict[str, object]:
     "Reflections a second as a ratio to pymatgen, and patterns a second."
     from pymatgen.analysis.diffraction.xrd import XRDCalculator
@@ -66,10 +67,10 @@ def bench_diffraction(
     structures = [Structure(c.lattice, c.atomic_numbers, c.frac_coords) for c in crystals]
     calculator, d_min = XRDCalculator(CU_KA), CU_KA / 2 / np.sin(np.radians(TWO_THETA[1] / 2))  # the same reflections for both
     lists = crystal_reflections(crystals)  # the range that is stored
-    batches = [batch_reflections(lists[i : i + 64]) for i in range(0, len(lists), 64)]
-    batches = [b.to(torch.device(device)) for b in batches]
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda: [render(b, "lab", generator=generator).intensity[0, 0] for b in batches][-1].item()  # .item() waits for the device
+    size, generator = 64 if device == "cpu" else 4096, torch.Generator().manual_seed(0)
+    batches = [batch_reflections(lists[i : i + size]).to(torch.device(device)) for i in range(0, len(lists), size)]
+    drawn_of = lambda r: render(r, "lab", generator=generator, compile=compile).intensity
+    draw = lambda: [drawn_of(b)[0, 0] for b in batches][-1].item()  # .item() waits for the device
     draw()
     reference, ours, drawn = [], [], []
     for part in np.array_split(np.random.default_rng(0).permutation(len(structures)), min(rounds, len(structures))):
@@ -81,7 +82,7 @@ def bench_diffraction(
     mean = lambda lists: round(float(np.mean([len(x) for x in lists])), 1)
     return dict(bench="diffraction", reflections_ratio_to_pymatgen=round(float(ratio), 1), reflections_per_s=round(1 / float(np.median(ours))),
                 render_patterns_per_s=round(1 / float(np.median(drawn))), n_structures=len(crystals), mean_sites=mean(structures),
-                mean_reflections=mean(d for d, _ in lists), device=device)
+                mean_reflections=mean(d for d, _ in lists), compiled=compile, device=device)
 
 
 @contextmanager
@@ -193,6 +194,7 @@ def bench_train(
     if min(batch_size, steps, rounds) < 0: raise ValueError(f"batch_size={batch_size}, steps={steps} and rounds={rounds} must not be negative")
     where, index = pick_device(device), data.indices("train")
     gpu, precision = where.type == "cuda", pick_precision(precision, where)
+    compiled = compile == "on" or (compile == "auto" and gpu)
     batch_size, steps, rounds = batch_size or (4096 if gpu else 64), steps or (50 if gpu else 2), rounds or (5 if gpu else 20)
     index = index.repeat(-(-batch_size * steps * (rounds + 1) // len(index)))[: batch_size * steps * (rounds + 1)]
     wait = torch.cuda.synchronize if gpu else lambda: None
@@ -206,12 +208,11 @@ def bench_train(
 
     trained, reference, feed = objective(), objective().to(where), Feed(data, lambda step: batch_indices(index, batch_size, 0, step), where, True)
     prepare = lambda step: reference.prepare(feed(step), draws(0, step))  # as the trainer does
-    patterns = lambda step: render(feed(step).reflections, "lab", generator=draws(0, step)).intensity[0, 0]
     times, memory, peaks = dict(trainer=[], bare=[], prepare=[], patterns=[]), [], []
     few = data.batch(batch_indices(index, min(256, batch_size), 0, 0)).to(where)  # a GPU may be too small for more in fp32
     flops = _flops(reference, reference.prepare(few, draws(0, 0))) * batch_size / len(few.composition)
     optimiser = torch.optim.AdamW(reference.parameters(), fused=True)
-    if compile == "on" or (compile == "auto" and gpu): compile_objective(reference, prepare(0), precision)
+    if compiled: compile_objective(reference, prepare(0), precision)
 
     def bare(prepared: Prepared) -> None:
         with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"): loss = reference(prepared)["loss"]
@@ -226,10 +227,10 @@ def bench_train(
         wait()
         return (time.perf_counter() - began) / steps
 
-    def added(what: Callable[[int], object], ready: list[Prepared], first: int) -> float:
+    def added(what: Callable[[int], object], ready: list[Prepared]) -> float:
         "Seconds that something adds to a step: on a GPU, which works while the CPU is ahead, to that of the reference."
-        if not gpu: return each(what, range(first, first + steps))
-        return each(lambda i: (what(first + i), bare(ready[i])), range(steps)) - times["bare"][-1]
+        if not gpu: return each(what, range(steps))
+        return each(lambda i: (what(i), bare(ready[i])), range(steps)) - times["bare"][-1]
 
     def pause() -> dict[str, float]:
         "Ends a round of the trainer, and times the reference on the same batches."
@@ -237,10 +238,11 @@ def bench_train(
         times["trainer"].append((time.perf_counter() - began[-1]) / steps)
         memory.append(torch.cuda.max_memory_allocated(where) if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         first = steps * len(times["bare"])
-        ready = [prepare(first + i) for i in range(steps)]
+        ready, lists = ([of(first + i) for i in range(steps)] for of in (prepare, lambda step: feed(step).reflections))
         wait()
         times["bare"].append(each(bare, ready))
-        for name, what in dict(prepare=prepare, patterns=patterns).items(): times[name].append(added(what, ready, first))
+        times["prepare"].append(added(lambda i: prepare(first + i), ready))
+        times["patterns"].append(added(lambda i: render(lists[i], "lab", generator=draws(0, first + i), compile=compiled), ready))
         peaks.append(_matmul_peak(where, torch.bfloat16 if precision == "bf16" else torch.float32))
         began.append(time.perf_counter())
         return {}

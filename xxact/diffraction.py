@@ -13,7 +13,8 @@ __all__ = ['D_MIN', 'D_MAX', 'WEAKEST', 'EQUAL', 'WAVELENGTHS', 'CU_KA', 'TWO_TH
 
 # %% ../nbs/01_diffraction.ipynb #92490f2f
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cache
 from numbers import Real
 from typing import NamedTuple
@@ -588,14 +589,28 @@ def observe(
     """Reflections as a measurement places and weighs them, in order; those beyond the limiting sphere have intensity 0.
     Raises `ValueError` for measurements of another number of materials."""
     if len(m.wavelength) != r.n: raise ValueError(f"{len(m.wavelength)} measurements of {r.n} materials; one is needed for each")
+    seen = _observed(r, m.to(r.ln_d.device), _texture(r, m, generator), _mixed(r, m))
+    order = (1000.0 * seen.row - seen.ln_d.double()).argsort()
+    return Reflections(*(t[order] for t in seen[:3]), r.n)
+
+
+def _texture(r: Reflections, m: Measurement, generator: torch.Generator | None) -> Tensor | None:
+    "A standard normal number for each reflection, where intensities are textured."
+    return _random(torch.randn, len(r.ln_d), generator, "texture", r.ln_d.device) if (m.texture > 0).any() else None
+
+
+def _mixed(r: Reflections, m: Measurement) -> bool:
+    "Whether there is a second phase."
+    mixed = bool((m.second_phase > 0).any())
+    if mixed and r.n == 1: raise ValueError("second_phase mixes in the next material of the batch, and there is only one; set it to 0")
+    return mixed
+
+
+def _observed(r: Reflections, m: Measurement, texture: Tensor | None, mixed: bool) -> Reflections:
+    "Reflections as a measurement places and weighs them, in any order within a material."
     ln_d, intensity, row = r.ln_d, r.intensity, r.row
-    textured, mixed = (bool((share > 0).any()) for share in (m.texture, m.second_phase))
-    m = m.to(ln_d.device)
-    if textured:
-        noise = torch.randn(len(ln_d), generator=_on(_needed(generator, "texture"), ln_d.device), device=ln_d.device)
-        intensity = intensity * (m.texture[row] * noise).exp()
+    if texture is not None: intensity = intensity * (m.texture[row] * texture).exp()
     if mixed:
-        if r.n == 1: raise ValueError("second_phase mixes in the next material of the batch, and there is only one; set it to 0")
         first = (row - 1) % r.n  # a material is the second phase of the one before it
         ln_d, row = torch.cat([ln_d, ln_d]), torch.cat([row, first])
         intensity = torch.cat([intensity, intensity * m.second_phase[first]])
@@ -603,8 +618,7 @@ def observe(
     theta = sin.clamp(max=1).asin() + torch.deg2rad(m.zero_shift[row] / 2) - m.displacement[row] / RADIUS * (1 - sin**2).clamp(min=0).sqrt()
     seen = (sin < 1) & (theta > 0) & (theta < math.pi / 2)
     ln_d = torch.where(seen, ((m.wavelength[row] / 2) / theta.sin().clamp(min=1e-9)).log().to(ln_d.dtype), ln_d)
-    order = (1000.0 * row - ln_d.double()).argsort()
-    return Reflections(ln_d[order], (intensity * seen)[order], row[order], r.n)
+    return Reflections(ln_d, intensity * seen, row, r.n)
 
 
 def _measure(r: Reflections, measurement: str | Measurement, generator: torch.Generator | None) -> tuple[Reflections, Tensor]:
@@ -614,9 +628,10 @@ def _measure(r: Reflections, measurement: str | Measurement, generator: torch.Ge
     return observe(r, m, generator), upload((4 * math.pi * sin / m.wavelength[:, None]).clamp(min=1e-6).log().clamp(*LN_Q), r.ln_d.device)
 
 
-def _needed(generator: torch.Generator | None, what: str) -> torch.Generator:
+def _random(draw: Callable[..., Tensor], shape: int | tuple[int, int], generator: torch.Generator | None, what: str, device: torch.device) -> Tensor:
+    "Random numbers on a device from a generator on the CPU."
     if generator is None: raise ValueError(f"{what} is random; give a generator")
-    return generator
+    return draw(shape, generator=_on(generator, device), device=device)
 
 # %% ../nbs/01_diffraction.ipynb #653a8a50
 _NODES, _MARGIN = 256, 5.0  # of the bent axis: about so many nodes within the grid; degrees beyond each end within which peaks are drawn
@@ -659,6 +674,7 @@ def render(
     transform: str = "none",  # of patterns whose strongest point is 1: none, sqrt or log
     generator: torch.Generator | None = None,  # on the CPU; where the measurement draws random numbers
     scaled: bool = True,  # False: peaks alone, in intensity per degree: the area of each is its intensity with Lorentz-polarisation
+    compile: bool = False,  # by torch.compile, where many batches of one size are drawn: the first takes long (up to a minute), the others less
 ) -> Patterns:
     """Powder patterns of a batch, 0 where no line is near. Raises `ValueError` for what cannot be drawn; a GPU is not asked whether each material
     has reflections."""
@@ -671,27 +687,48 @@ def render(
     if not r.n or (device.type == "cpu" and not (torch.bincount(r.row, minlength=r.n) > 0).all()):
         raise ValueError("a material has no reflections to draw")
     m = draw_measurement(measurement, r.n, generator)
-    observed, ends = observe(r, m, generator), torch.minimum(m.two_theta_max, torch.rad2deg(2 * (m.wavelength / (2 * d_min)).clamp(max=1).asin()))
-    step = (high - low) / (n_points - 1)
-    angle = low + step * torch.arange(n_points)
-    whole = bool((m.two_theta_min <= angle[0]).all() and (ends >= angle[-1]).all())  # what can be known before the device must be waited for
-    doublet, lifted, noisy = (bool(t.any()) for t in (m.kalpha2, m.background + m.hump, m.counts.isfinite()))
-    m, ends, angle = m.to(device), upload(ends, device), upload(angle, device)
-    y = _patterns(observed, m, doublet, low, high, n_points)
+    ends = torch.minimum(m.two_theta_max, torch.rad2deg(2 * (m.wavelength / (2 * d_min)).clamp(max=1).asin()))
+    angle = low + (high - low) / (n_points - 1) * torch.arange(n_points)
+    whole = bool((m.two_theta_min <= angle[0]).all() and (ends >= angle[-1]).all())  # known before the device must be waited for
+    mixed, doublet, lifted, noisy = _mixed(r, m), *(bool(t.any()) for t in (m.kalpha2, m.background + m.hump, m.counts.isfinite()))
+    random = lambda draw, shape, what: _random(draw, shape, generator, what, device)
+    texture = _texture(r, m, generator)
+    background = [random(torch.randn, (r.n, 5), "a background"), random(torch.rand, (2, r.n), "a background")] if lifted and scaled else None
+    noise = random(torch.randn, (r.n, n_points), "counting noise") if noisy and scaled else None
+    m, ends, angle, draw = m.to(device), upload(ends, device), upload(angle, device), _drawn
+    if compile:
+        draw = torch.compile(_drawn, dynamic=False)
+        for t in (*r[:3], *([] if texture is None else [texture])): torch._dynamo.maybe_mark_dynamic(t, 0)
+        warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")  # it calls the FFT instead
+    return Patterns(angle, *draw(r, m, ends, angle, texture, background, noise, mixed, doublet, (low, high), n_points, scaled, whole, transform), m)
+
+
+def _drawn(
+    r: Reflections,
+    m: Measurement,
+    ends: Tensor,  # (n,) degrees
+    angle: Tensor,  # (n_points,)
+    texture: Tensor | None,  # (m,) standard normal
+    background: list[Tensor] | None,  # (n, 5) standard normal and (2, n) from 0 to 1
+    noise: Tensor | None,  # (n, n_points) standard normal
+    mixed: bool,
+    doublet: bool,
+    two_theta: tuple[float, float],
+    n_points: int,
+    scaled: bool,
+    whole: bool,
+    transform: str,
+) -> tuple[Tensor, Tensor]:  # intensity and measured, each (n, n_points)
+    "All of `render` that is computed for each reflection or point; it neither draws nor asks, so that it can be compiled."
+    y = _patterns(_observed(r, m, texture, mixed), m, doublet, *two_theta, n_points)
     measured = (angle >= m.two_theta_min[:, None]) & (angle <= ends[:, None])
-    if not scaled: return Patterns(angle, y * measured, measured, m)
-    y.div_(y.amax(1, keepdim=True).clamp(min=1e-12))
-    if lifted:
-        intervals, h = _intervals(n_points, step)
-        nodes = (low + h * torch.arange(intervals + 1, device=device)).clamp(max=high)
-        background = _background(nodes, m, _on(_needed(generator, "a background"), device))
-        y += _stretch(background[:, :-1], background.diff(dim=1), n_points)
-    if noisy:
-        noise = torch.randn(y.shape, generator=_on(_needed(generator, "counting noise"), device), device=device)
-        y.addcmul_(noise, (y / m.counts[:, None]).sqrt_())  # Gaussian for Poisson: good above some 20 counts
+    if not scaled: return y * measured, measured
+    y = y / y.amax(1, keepdim=True).clamp(min=1e-12)
+    if background is not None: y += _background(*two_theta, n_points, m, *background)
+    if noise is not None: y.addcmul_(noise, (y / m.counts[:, None]).sqrt_())  # Gaussian for Poisson: good above some 20 counts
     y.clamp_(min=0)
     if not whole: y *= measured
-    return Patterns(angle, _TRANSFORMS[transform](y.div_(y.amax(1, keepdim=True).clamp_(min=1e-12))), measured, m)
+    return _TRANSFORMS[transform](y.div_(y.amax(1, keepdim=True).clamp_(min=1e-12))), measured
 
 
 def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: float, n_points: int) -> Tensor:
@@ -735,18 +772,17 @@ def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: f
     sharpen = -6 * torch.sinc(frequency).log()  # a spline spreads what is put on the canvas, and another what is read
     gauss = torch.addcmul(sharpen, cells**2, -((math.pi * frequency) ** 2) / (4 * math.log(2))).exp_()
     lorentz = torch.addcmul(sharpen, cells, -math.pi * frequency).exp_()
-    spectrum = torch.complex(*(torch.addcmul(part[:, 0] * gauss, part[:, 1], lorentz) for part in (spectrum.real, spectrum.imag)))
-    y = torch.fft.irfft(spectrum, n=canvas_size)
+    y = torch.fft.irfft(spectrum[:, 0] * gauss + spectrum[:, 1] * lorentz, n=canvas_size)
 
     u, slope = u[:, margin : margin + intervals + 1], density[:, margin : margin + intervals + 1]
-    slope = _stretch(slope[:, :-1], slope.diff(dim=1), n_points)
-    begin, rise = u[:, :-1].floor(), u.diff(dim=1).float()  # whole cells apart from the rest, which single precision holds
-    nearest, weights = _spline(_stretch((u[:, :-1] - begin).float(), rise, n_points))
-    cell = _stretch(begin.float(), torch.zeros_like(rise), n_points).add_(nearest).long()
-    near = [y[:, i : canvas_size - 2 + i].gather(1, cell) for i in range(3)]
+    first = u[:, :-1].floor()  # whole cells apart from the rest, which single precision holds
+    nearest, weights = _spline(_rise((u[:, :-1] - first).float(), u.diff(dim=1).float(), n_points))
+    cell = (nearest + first.float()[..., None]).long().flatten(1)
+    near = [y[:, i : canvas_size - 2 + i].gather(1, cell).view_as(nearest) for i in range(3)]
     read = weights[0].mul_(near[0]).addcmul_(weights[1], near[1]).addcmul_(weights[2], near[2])
-    per_noise = 1e6 / y.amax(1, keepdim=True).clamp(min=1e-30)  # the transform's noise fades from twice to once of this
-    return read.mul_((read * per_noise).sub_(1).clamp_(0, 1)).mul_(slope)
+    per_noise = 1e6 / y.amax(1).clamp(min=1e-30)  # the transform's noise fades from twice to once of this
+    read.mul_((read * per_noise[:, None, None]).sub_(1).clamp_(0, 1)).mul_(_rise(slope[:, :-1], slope.diff(dim=1), n_points))
+    return _on_grid(read, n_points)
 
 
 def _spline(at: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -768,25 +804,31 @@ def _intervals(n_points: int, step: float) -> tuple[int, float]:
     return (n_points - 1) * nodes // steps + 1, step * steps / nodes
 
 
-def _stretch(begin: Tensor, rise: Tensor, n_points: int) -> Tensor:
-    "What begins each interval (n, intervals) and rises evenly to its end, at the points of the grid (n, n_points)."
-    steps, nodes = _per_node(n_points)
-    share = torch.arange(steps, device=begin.device) / steps
-    return (rise[..., None] * share).add_(begin[..., None]).flatten(1)[:, : (n_points - 1) * nodes + 1 : nodes]
+def _rise(begin: Tensor, rise: Tensor, n_points: int) -> Tensor:
+    "What begins each interval (n, intervals) and rises evenly to its end, at the grid steps within (n, intervals, steps)."
+    steps = _per_node(n_points)[0]
+    return torch.addcmul(begin[..., None], rise[..., None], torch.arange(steps, device=begin.device) / steps)
 
 
-def _background(angle: Tensor, m: Measurement, generator: torch.Generator) -> Tensor:
-    "A smooth background (n, angles), Chebyshev polynomials on a decay from low angle, and an amorphous hump."
-    n, device = len(m.background), angle.device
-    x = 2 * (angle - angle[0]) / (angle[-1] - angle[0]) - 1
+def _on_grid(y: Tensor, n_points: int) -> Tensor:
+    "Of values (n, intervals, steps) those at the points of the grid (n, n_points)."
+    nodes = _per_node(n_points)[1]
+    return y.flatten(1)[:, : (n_points - 1) * nodes + 1 : nodes]
+
+
+def _background(low: float, high: float, n_points: int, m: Measurement, weight: Tensor, place: Tensor) -> Tensor:
+    "A smooth background (n, n_points), Chebyshev polynomials on a decay from low angle, and an amorphous hump."
+    intervals, h = _intervals(n_points, (high - low) / (n_points - 1))
+    angle = (low + h * torch.arange(intervals + 1, device=weight.device)).clamp(max=high)
+    x = 2 * (angle - low) / (high - low) - 1
     basis = torch.stack([torch.exp(-3 * (1 + x)), torch.ones_like(x), x, 2 * x**2 - 1, 4 * x**3 - 3 * x])
-    weight = torch.randn(n, 5, generator=generator, device=device)
     y = torch.cat([weight[:, :1].abs(), weight[:, 1:] / 3], 1) @ basis
     y = y - y.amin(1, keepdim=True)
-    d, fwhm = (low + (high - low) * torch.rand(n, generator=generator, device=device) for low, high in ((3.0, 5.0), (5.0, 12.0)))  # Å, degrees
+    d, fwhm = 3 + 2 * place[0], 5 + 7 * place[1]  # 3 to 5 Å, 5 to 12 degrees
     centre = two_theta_of(d, m.wavelength).nan_to_num(180.0)
     hump = torch.exp(-4 * math.log(2) * ((angle - centre[:, None]) / fwhm[:, None]) ** 2)
-    return y * (m.background[:, None] / y.amax(1, keepdim=True).clamp(min=1e-6)) + m.hump[:, None] * hump
+    y = y * (m.background[:, None] / y.amax(1, keepdim=True).clamp(min=1e-6)) + m.hump[:, None] * hump
+    return _on_grid(_rise(y[:, :-1], y.diff(dim=1), n_points), n_points)
 
 # %% ../nbs/01_diffraction.ipynb #e1ecca6f
 class Grid(NamedTuple):
