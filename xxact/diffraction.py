@@ -686,6 +686,7 @@ def render(
     device = r.ln_d.device
     if not r.n or (device.type == "cpu" and not (torch.bincount(r.row, minlength=r.n) > 0).all()):
         raise ValueError("a material has no reflections to draw")
+    if device.type == "cpu": _keep_memory()
     m = draw_measurement(measurement, r.n, generator)
     ends = torch.minimum(m.two_theta_max, torch.rad2deg(2 * (m.wavelength / (2 * d_min)).clamp(max=1).asin()))
     angle = low + (high - low) / (n_points - 1) * torch.arange(n_points)
@@ -701,6 +702,12 @@ def render(
         for t in (*r[:3], *([] if texture is None else [texture])): torch._dynamo.maybe_mark_dynamic(t, 0)
         warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")  # it calls the FFT instead
     return Patterns(angle, *draw(r, m, ends, angle, texture, background, noise, mixed, doublet, (low, high), n_points, scaled, whole, transform), m)
+
+
+@cache
+def _keep_memory() -> None:
+    "Have the C library keep the memory of large arrays, which it may hand back and get anew, page by page, for each (a quarter of the time)."
+    torch.empty(2**23 - 2**12)  # it keeps blocks up to the largest that it saw freed, at most 32 MB: mallopt(3), M_MMAP_THRESHOLD
 
 
 def _drawn(
