@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def bench_diffraction(
     crystals: Sequence[Crystal],
     device: str = "cpu",  # where patterns are drawn; reflections are made on the CPU
     rounds: int = 5,  # each gives pymatgen its own part of the structures, and us all of them, of which the median is taken
-    compile: bool = False,  # what draws the patterns
+    compile: bool = False,  # draw the patterns by compiled code too
 ) -> dict[str, object]:
     "Reflections a second as a ratio to pymatgen, and patterns a second."
     from pymatgen.analysis.diffraction.xrd import XRDCalculator
@@ -69,20 +70,20 @@ def bench_diffraction(
     lists = crystal_reflections(crystals)  # the range that is stored
     size, generator = 64 if device == "cpu" else 4096, torch.Generator().manual_seed(0)
     batches = [batch_reflections(lists[i : i + size]).to(torch.device(device)) for i in range(0, len(lists), size)]
-    drawn_of = lambda r: render(r, "lab", generator=generator, compile=compile).intensity
-    draw = lambda: [drawn_of(b)[0, 0] for b in batches][-1].item()  # .item() waits for the device
-    draw()
-    reference, ours, drawn = [], [], []
+    draw = lambda way: [render(b, "lab", generator=generator, compile=way).intensity[0, 0] for b in batches][-1].item()  # which waits for the GPU
+    ways = dict(render_patterns_per_s=False) | (dict(compiled_patterns_per_s=True) if compile else {})
+    for way in ways.values(): draw(way)
+    reference, ours, drawn = [], [], {name: [] for name in ways}
     for part in np.array_split(np.random.default_rng(0).permutation(len(structures)), min(rounds, len(structures))):
         theirs = lambda some=part: [calculator.get_pattern(structures[i], two_theta_range=TWO_THETA) for i in some]
         reference.append(seconds_of(theirs) / len(part))
         ours.append(seconds_of(lambda: crystal_reflections(crystals, d_min=d_min)) / len(crystals))
-        drawn.append(seconds_of(draw) / len(crystals))
+        for name, way in ways.items(): drawn[name].append(seconds_of(partial(draw, way)) / len(crystals))
     ratio = sum(reference) / len(reference) / np.median(ours)  # all parts together are all structures
     mean = lambda lists: round(float(np.mean([len(x) for x in lists])), 1)
     return dict(bench="diffraction", reflections_ratio_to_pymatgen=round(float(ratio), 1), reflections_per_s=round(1 / float(np.median(ours))),
-                render_patterns_per_s=round(1 / float(np.median(drawn))), n_structures=len(crystals), mean_sites=mean(structures),
-                mean_reflections=mean(d for d, _ in lists), compiled=compile, device=device)
+                **{name: round(1 / float(np.median(seconds))) for name, seconds in drawn.items()}, n_structures=len(crystals),
+                mean_sites=mean(structures), mean_reflections=mean(d for d, _ in lists), device=device)
 
 
 @contextmanager
