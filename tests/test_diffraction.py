@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pymatgen.analysis.diffraction.xrd import XRDCalculator
 from pymatgen.core import Lattice, Structure
 
+from xxact import diffraction
 from xxact.diffraction import (LN_Q, MEASUREMENTS, N_PEAKS, N_WINDOWS, NARROWEST, TWO_THETA, WAVELENGTHS, WINDOW, Augmentation, Crystal,
                                Measurement, Reflections, batch_reflections, crystal_reflections, draw, draw_measurement, hide, lorentz_polarisation,
                                observe, peak_shape, peaks, perturb, reflections, render, structure_reflections, to_grid, two_theta_of,
@@ -381,28 +382,30 @@ def test_drawing_does_not_wait_for_the_gpu(kind, compile):
     finally: torch.cuda.set_sync_debug_mode("default")
 
 
-def compiled_as_drawn(device, kind, transform="none"):
+def compiled_as_drawn(device, kind, **options):
     "Patterns of batches with other numbers of reflections, of which only the first may be compiled."
     torch.compiler.reset()
     for first in (0, 8, 16):
         r = batch_reflections([reflections(*random_crystal(s)) for s in range(first, first + 8)]).to(torch.device(device))
         with torch._dynamo.config.patch(error_on_recompile=first > 0):
-            plain, compiled = (render(r, kind, transform=transform, generator=seeded(first), compile=c) for c in (False, True))
-        assert torch.allclose(plain.intensity, compiled.intensity, atol=1e-4) and torch.equal(plain.measured, compiled.measured)
+            plain, compiled = (render(r, kind, generator=seeded(first), compile=c, **options) for c in (False, True))
+        assert torch.allclose(plain.intensity, compiled.intensity, atol=1e-4 * float(plain.intensity.max()))
+        assert torch.equal(plain.measured, compiled.measured)
 
 
+@pytest.mark.parametrize("options", [{}, dict(two_theta=np.array([10, 50]), n_points=np.int64(200), scaled=False)])
 @pytest.mark.parametrize("kind", MEASUREMENTS)
-def test_what_can_be_compiled_is_captured_whole_and_once(kind, monkeypatch):
+def test_what_can_be_compiled_is_captured_whole_and_once(kind, options, monkeypatch):
     "torch.compile without the compiler, which takes long."
-    whole = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: whole(f, dynamic=dynamic, backend="aot_eager", fullgraph=True))
-    compiled_as_drawn("cpu", kind)
+    captured = torch.compile(diffraction._drawn, dynamic=False, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(diffraction, "_compiled", lambda: captured)
+    compiled_as_drawn("cpu", kind, **options)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("kind", MEASUREMENTS)
 def test_compiled_patterns_are_as_the_others(kind, device):
-    compiled_as_drawn(device, kind, "log")
+    compiled_as_drawn(device, kind, transform="log")
 
 
 @given(st.integers(0, 10**6), st.floats(0.5, 1.8), st.integers(5000, 9000))
@@ -433,6 +436,9 @@ def test_the_grid_marks_gaps():
     assert not measured[low : high + 1].any() and measured[: low - 1].all() and measured[high + 2 :].all()
 
 
+SALT = Structure.from_spacegroup(225, Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(two_theta=(5, 180)), "180"),
     (dict(two_theta=(30, 20)), "must rise"),
@@ -452,6 +458,12 @@ def test_the_grid_marks_gaps():
     (dict(measurement=Measurement(strain=-1)), "strain"),
     (dict(measurement=Measurement(two_theta_min=50.0, two_theta_max=40.0)), "below two_theta_max"),
     (dict(d_min=0), "d_min"),
+    (dict(d_min="1"), "d_min=1 Å must be a positive number"),
+    (dict(two_theta=90), "must be two angles"),
+    (dict(two_theta=("low", "high")), "must be two angles"),
+    (dict(two_theta=(30, 30.01)), "at least 0.1°"),
+    (dict(n_points=4096.0), "a whole number"),
+    (dict(measurement="lab", generator=0), "must be a torch.Generator"),
 ])
 def test_bad_measurements(change, message):
     r = batch_reflections([reflections(*random_crystal(0))])
@@ -459,7 +471,7 @@ def test_bad_measurements(change, message):
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda r: peaks(r, n_peaks=0), "n_peaks=0 must be at least 1"),
+    (lambda r: peaks(r, n_peaks=0), "n_peaks=0 must be a whole number from 1"),
     (lambda r: peaks(r, resolution=0.0), "resolution=0.0 in degrees"),
     (lambda r: peaks(r, weakest=math.nan), "weakest=nan from 0 to 1"),
     (lambda r: perturb(r, Augmentation(strain=math.nan), torch.Generator()), "must be 0 or a positive number"),
@@ -467,6 +479,17 @@ def test_bad_measurements(change, message):
     (lambda r: window_pattern(r, fwhm=math.nan), "a positive width in ln q"),
     (lambda r: hide(r, torch.ones(1, 3, dtype=torch.bool)), r"it must be \(1, "),
     (lambda r: observe(r, draw_measurement("ideal", 2)), "2 measurements of 1 materials"),
+    (lambda r: observe(r, "lab"), "settled by `draw_measurement`"),
+    (lambda r: observe(r, Measurement()), "settled by `draw_measurement`"),
+    (lambda r: perturb(r, "lab", torch.Generator()), "an Augmentation is needed"),
+    (lambda r: render(structure_reflections(SALT)), "as `batch_reflections` makes them, not a tuple"),
+    (lambda r: peaks(SALT), "as `batch_reflections` makes them, not a Structure"),
+    (lambda r: window_pattern(None), "as `batch_reflections` makes them"),
+    (lambda r: batch_reflections(structure_reflections(SALT)), r"material 0: a pair \(d_spacing, intensity\)"),
+    (lambda r: batch_reflections([SALT]), r"material 0: a pair \(d_spacing, intensity\)"),
+    (lambda r: batch_reflections([([[3.0, 2.0]], [[1.0, 0.5]])]), r"material 0: a pair \(d_spacing, intensity\)"),
+    (lambda r: structure_reflections("NaCl.cif"), "Structure is needed"),
+    (lambda r: structure_reflections(Structure(Lattice.cubic(3), [], [])), "without atoms"),
 ])
 def test_settings_of_reflections_that_cannot_be(call, message):
     with pytest.raises(ValueError, match=message): call(line(30))
@@ -486,6 +509,8 @@ def test_nothing_to_draw():
 
 @pytest.mark.parametrize("change, message", [
     (dict(wavelength=-1.0), "wavelength"),
+    (dict(wavelength="CuKa"), "a positive number of Å"),
+    (dict(points=2.5), "points=2.5 a whole number"),
     (dict(two_theta=torch.linspace(5, 190, 100)), "within 0 to 180"),
     (dict(two_theta=torch.linspace(90, 5, 100)), "90° is followed by 89.1414°"),
     (dict(two_theta=torch.cat([torch.linspace(5, 90, 99), torch.tensor([math.nan])])), "must be numbers"),
@@ -498,7 +523,10 @@ def test_bad_patterns(change, message):
 
 
 @pytest.mark.parametrize(("options", "measured"), [
-    (["diffraction", "--structures", "10"], ("reflections_ratio_to_pymatgen", "render_patterns_per_s", "n_structures")),
+    (["diffraction", "--structures", "10"],
+     ("reflections_ratio_to_pymatgen", "reflections_per_s", "render_patterns_per_s", "n_structures", "mean_sites")),
+    pytest.param(["diffraction", "--structures", "10", "--compile", "on"],
+                 ("render_patterns_per_s", "compiled_patterns_per_s"), marks=pytest.mark.slow),
     (["train", "--size", "nano", "--batch-size", "8", "--steps", "1", "--rounds", "1", "--device", "cpu"],
      ("materials_per_s", "ratio_to_bare_step", "render_share", "mfu", "peak_memory_mb", "projected_seconds_epoch_5m", "parameters")),
     (["predict", "--patterns", "8", "--candidates", "500", "--rounds", "1"],
@@ -515,6 +543,15 @@ def test_bench_prints_one_line_of_json_last(options, measured, tmp_path, monkeyp
     assert file.name.startswith(options[0]) and json.loads(file.read_text())["hardware"]
     shown = speed_table("", tmp_path).splitlines()
     assert len(shown) > 2 and not any("| 0 |" in line for line in shown)
+
+
+def test_a_speed_of_prototypes_does_not_replace_that_of_real_structures(tmp_path):
+    (tmp_path / "figures/bench").mkdir(parents=True)
+    row = dict(bench="diffraction", render_patterns_per_s=100, hardware="a machine", commit="abc")
+    rows = [row | dict(reflections_per_s=n, reflections_ratio_to_pymatgen=n, dataset=name) for n, name in ((50, "real"), (10, "prototypes:30"))]
+    (tmp_path / "figures/bench/diffraction-2026-01-01.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shown = speed_table("", tmp_path)
+    assert "reflections of real structures | 50 | 50 times" in shown and "reflections of prototypes | 10 | 10 times" in shown
 
 
 def test_dense_lines_do_not_make_a_chain():
@@ -557,8 +594,7 @@ def test_a_jump_between_two_scans_is_not_measured():
 @pytest.mark.parametrize("two_theta", [(33, 40), (33, 42), (20, 25), (15, 26), (58, 64), (36.8, 39)])
 @pytest.mark.parametrize("n_points", [200, 4096, 20_000])
 def test_where_no_line_is_near_there_is_nothing(two_theta, n_points):
-    salt = Structure.from_spacegroup(225, Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [.5, .5, .5]])
-    drawn = render(batch_reflections([structure_reflections(salt)]), "ideal", two_theta=two_theta, n_points=n_points)
+    drawn = render(batch_reflections([structure_reflections(SALT)]), "ideal", two_theta=two_theta, n_points=n_points)
     assert (drawn.intensity == 0).all()
 
 

@@ -58,12 +58,13 @@ def bench_diffraction(
     crystals: Sequence[Crystal],
     device: str = "cpu",  # where patterns are drawn; reflections are made on the CPU
     rounds: int = 5,  # each gives pymatgen its own part of the structures, and us all of them, of which the median is taken
-    compile: bool = False,  # draw the patterns by compiled code too
+    compile: str = "off",  # on: draw the patterns by compiled code too
 ) -> dict[str, object]:
-    "Reflections a second as a ratio to pymatgen, and patterns a second."
+    "Reflections a second as a ratio to pymatgen, and patterns a second. Raises `ValueError` for settings that cannot be."
     from pymatgen.analysis.diffraction.xrd import XRDCalculator
     from pymatgen.core import Structure
 
+    choose("compile", compile, ("on", "off"))
     device = str(pick_device(device))
     structures = [Structure(c.lattice, c.atomic_numbers, c.frac_coords) for c in crystals]
     calculator, d_min = XRDCalculator(CU_KA), CU_KA / 2 / np.sin(np.radians(TWO_THETA[1] / 2))  # the same reflections for both
@@ -71,7 +72,7 @@ def bench_diffraction(
     size, generator = 64 if device == "cpu" else 4096, torch.Generator().manual_seed(0)
     batches = [batch_reflections(lists[i : i + size]).to(torch.device(device)) for i in range(0, len(lists), size)]
     draw = lambda way: [render(b, "lab", generator=generator, compile=way).intensity[0, 0] for b in batches][-1].item()  # which waits for the GPU
-    ways = dict(render_patterns_per_s=False) | (dict(compiled_patterns_per_s=True) if compile else {})
+    ways = dict(render_patterns_per_s=False) | (dict(compiled_patterns_per_s=True) if compile == "on" else {})
     for way in ways.values(): draw(way)
     reference, ours, drawn = [], [], {name: [] for name in ways}
     for part in np.array_split(np.random.default_rng(0).permutation(len(structures)), min(rounds, len(structures))):
@@ -195,7 +196,6 @@ def bench_train(
     if min(batch_size, steps, rounds) < 0: raise ValueError(f"batch_size={batch_size}, steps={steps} and rounds={rounds} must not be negative")
     where, index = pick_device(device), data.indices("train")
     gpu, precision = where.type == "cuda", pick_precision(precision, where)
-    compiled = compile == "on" or (compile == "auto" and gpu)
     batch_size, steps, rounds = batch_size or (4096 if gpu else 64), steps or (50 if gpu else 2), rounds or (5 if gpu else 20)
     index = index.repeat(-(-batch_size * steps * (rounds + 1) // len(index)))[: batch_size * steps * (rounds + 1)]
     wait = torch.cuda.synchronize if gpu else lambda: None
@@ -213,7 +213,7 @@ def bench_train(
     few = data.batch(batch_indices(index, min(256, batch_size), 0, 0)).to(where)  # a GPU may be too small for more in fp32
     flops = _flops(reference, reference.prepare(few, draws(0, 0))) * batch_size / len(few.composition)
     optimiser = torch.optim.AdamW(reference.parameters(), fused=True)
-    if compiled: compile_objective(reference, prepare(0), precision)
+    compiled = (compile == "on" or (compile == "auto" and gpu)) and compile_objective(reference, prepare(0), precision)
 
     def bare(prepared: Prepared) -> None:
         with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"): loss = reference(prepared)["loss"]
@@ -259,7 +259,7 @@ def bench_train(
                 ratio_to_bare_step=round(of_a_step["bare"], 3), render_share=round(of_a_step["prepare"], 4),
                 patterns_share=round(of_a_step["patterns"], 4), mfu=round(flops / step / max(peaks), 3),
                 peak_memory_mb=round(memory[0] / 2**20), projected_seconds_epoch_5m=round(5e6 / batch_size * step),
-                parameters=sum(p.numel() for p in trained.model.parameters()), precision=precision, compiled="compute" in reference.__dict__,
+                parameters=sum(p.numel() for p in trained.model.parameters()), precision=precision, compiled=compiled,
                 peak_tflops=round(max(peaks) / 1e12, 3), steps=steps, rounds=rounds, device=where.type)
 
 

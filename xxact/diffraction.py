@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -146,7 +146,7 @@ def _box_reflections(
     return row, g, (total.real**2 + total.imag**2) * friedel * np.exp(-b_iso / 2 * g**2)
 
 # %% ../nbs/01_diffraction.ipynb #6e1a54f5
-D_MIN, D_MAX = 1.05, 60.0  # Å, the stored range: 1.05 Å is the end of 5-90° at Cu Kα
+D_MIN, D_MAX = 1.05, 60.0  # Å, the stored range: a little more than 5-90° at Cu Kα, which ends at 1.09 Å, so that a strained cell has lines there too
 WEAKEST = 1e-4  # a reflection is dropped when I·d² is below this share of its maximum; d² is the Lorentz factor up to a bounded term
 EQUAL = 3e-6  # reflections whose neighbours are closer than this share of d are one; a group is at most four times as wide
 _BOX_BUDGET = 2**18  # numbers in one array, a size that stays in the cache
@@ -260,9 +260,10 @@ def structure_reflections(
     structure: "pymatgen.core.Structure",  # noqa: F821
     **kwargs: float,  # d_min, d_max (Å), b_iso (Å²), weakest
 ) -> tuple[np.ndarray, np.ndarray]:  # d_spacing (m,) Å; intensity (m,)
-    "`reflections` of a pymatgen `Structure`, partial occupancies included."
+    "`reflections` of a pymatgen `Structure`, partial occupancies included. Raises `ValueError` for anything else."
+    if not hasattr(structure, "lattice"): raise ValueError(f"a pymatgen Structure is needed (Structure.from_file reads one), not {structure!r}")
     sites = [(el.Z, occ, site.frac_coords) for site in structure for el, occ in site.species.items()]
-    z, occupancy, x = zip(*sites, strict=True)
+    z, occupancy, x = zip(*sites, strict=True) if sites else ((), (), ())
     return reflections(structure.lattice.matrix, np.array(x), np.array(z), np.array(occupancy), **kwargs)
 
 # %% ../nbs/01_diffraction.ipynb #89fdf225
@@ -318,10 +319,17 @@ class Reflections(NamedTuple):
         return Reflections(*(upload(x, device) for x in self[:3]), self.n)
 
 
+def _need_batch(r: Reflections) -> None:
+    if not isinstance(r, Reflections): raise ValueError(f"`Reflections` are needed, as `batch_reflections` makes them, not a {type(r).__name__}")
+
+
 def batch_reflections(
     lists: list[tuple[np.ndarray, np.ndarray]],  # (d_spacing (m,) Å, intensity (m,)) of each material
 ) -> Reflections:
     "Ragged batch of reflection lists. Raises `ValueError` for one that is empty, not in order, or no numbers."
+    for i, pair in enumerate(lists):
+        if not (isinstance(pair, Sequence | np.ndarray) and len(pair) == 2 and all(np.ndim(a) == 1 for a in pair)):
+            raise ValueError(f"material {i}: a pair (d_spacing, intensity) is needed, as `structure_reflections` returns it, in a list of such pairs")
     counts = [len(d) for d, _ in lists]
     if not lists or min(counts) == 0: raise ValueError("a material without reflections cannot be drawn; widen its d range")
     if differ := [i for i, (d, y) in enumerate(lists) if len(d) != len(y)]:
@@ -378,6 +386,7 @@ def window_pattern(
     fwhm: float = WINDOW_FWHM,  # Gaussian peak width in ln q
 ) -> Tensor:  # (n, N_WINDOWS, points)
     "√-intensity pattern in windows of equal ln q, strongest point 1. Raises `ValueError` for a width or a number of points that cannot be."
+    _need_batch(r)
     if not (points >= 1 and 0 < fwhm < math.inf): raise ValueError(f"points={points} must be at least 1 and fwhm={fwhm} a positive width in ln q")
     step = WINDOW / points
     y = draw(math.log(2 * math.pi) - r.ln_d, r.intensity * lorentz_polarisation(r.ln_d.exp()), r.row, r.n,
@@ -406,8 +415,9 @@ def peaks(
     limits: Tensor | None = None,  # (n, 2) ln q where the measurement begins and ends; None: the model's range
 ) -> Peaks:
     "The peaks of lowest angle of each material within the model's range. Raises `ValueError` for settings that cannot be."
-    if not (n_peaks >= 1 and 0 < resolution < 180 and 0 <= weakest <= 1):
-        raise ValueError(f"n_peaks={n_peaks} must be at least 1, resolution={resolution} in degrees, and weakest={weakest} from 0 to 1")
+    _need_batch(r)
+    if not (isinstance(n_peaks, Integral) and n_peaks >= 1 and 0 < resolution < 180 and 0 <= weakest <= 1):
+        raise ValueError(f"n_peaks={n_peaks} must be a whole number from 1, resolution={resolution} in degrees, and weakest={weakest} from 0 to 1")
     device, n = r.ln_d.device, r.n
     if limits is None: limits = torch.stack([torch.full((n,), end, device=device) for end in LN_Q], 1)
     if measurement is not None: r, limits = _measure(r, measurement, generator)
@@ -472,6 +482,7 @@ def perturb(
 ) -> Reflections:
     """Reflections of another sample of the same materials, again in order; the strongest within the model's range is never lost.
     Raises `ValueError` for an augmentation that cannot be."""
+    if not isinstance(a, Augmentation): raise ValueError(f"an Augmentation is needed, such as AUGMENTATIONS['lab'], not {a!r}")
     if not (all(0 <= v < math.inf for v in a) and a.loss <= 1): raise ValueError(f"{a}: each must be 0 or a positive number; loss at most 1")
     if a == Augmentation(): return r
     m, device = len(r.ln_d), r.ln_d.device
@@ -561,6 +572,8 @@ def draw_measurement(
     "Settle each pattern's measurement. Raises `ValueError` for a preset that does not exist or a value that cannot be."
     if not isinstance(m, str | Measurement): raise ValueError(f"measurement {m!r} must be a Measurement, or one of {', '.join(MEASUREMENTS)}")
     if isinstance(m, str) and m not in MEASUREMENTS: raise ValueError(f"measurement {m!r} does not exist; choose from {', '.join(MEASUREMENTS)}")
+    if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
+        raise ValueError(f"generator={generator!r} must be a torch.Generator on the CPU, such as torch.Generator().manual_seed(0)")
     settled = {}
     for name, value in (MEASUREMENTS[m] if isinstance(m, str) else m)._asdict().items():
         low, high = value if isinstance(value, tuple | list) and len(value) == 2 else (value, value)
@@ -588,6 +601,8 @@ def observe(
 ) -> Reflections:
     """Reflections as a measurement places and weighs them, in order; those beyond the limiting sphere have intensity 0.
     Raises `ValueError` for measurements of another number of materials."""
+    _need_batch(r)
+    if not (isinstance(m, Measurement) and all(isinstance(v, Tensor) for v in m)): raise ValueError("m must be settled by `draw_measurement`")
     if len(m.wavelength) != r.n: raise ValueError(f"{len(m.wavelength)} measurements of {r.n} materials; one is needed for each")
     seen = _observed(r, m.to(r.ln_d.device), _texture(r, m, generator), _mixed(r, m))
     order = (1000.0 * seen.row - seen.ln_d.double()).argsort()
@@ -628,10 +643,10 @@ def _measure(r: Reflections, measurement: str | Measurement, generator: torch.Ge
     return observe(r, m, generator), upload((4 * math.pi * sin / m.wavelength[:, None]).clamp(min=1e-6).log().clamp(*LN_Q), r.ln_d.device)
 
 
-def _random(draw: Callable[..., Tensor], shape: int | tuple[int, int], generator: torch.Generator | None, what: str, device: torch.device) -> Tensor:
+def _random(kind: Callable[..., Tensor], shape: int | tuple[int, int], generator: torch.Generator | None, what: str, device: torch.device) -> Tensor:
     "Random numbers on a device from a generator on the CPU."
     if generator is None: raise ValueError(f"{what} is random; give a generator")
-    return draw(shape, generator=_on(generator, device), device=device)
+    return kind(shape, generator=_on(generator, device), device=device)
 
 # %% ../nbs/01_diffraction.ipynb #653a8a50
 _NODES, _MARGIN = 256, 5.0  # of the bent axis: about so many nodes within the grid; degrees beyond each end within which peaks are drawn
@@ -674,14 +689,16 @@ def render(
     transform: str = "none",  # of patterns whose strongest point is 1: none, sqrt or log
     generator: torch.Generator | None = None,  # on the CPU; where the measurement draws random numbers
     scaled: bool = True,  # False: peaks alone, in intensity per degree: the area of each is its intensity with Lorentz-polarisation
-    compile: bool = False,  # by torch.compile, where many batches of one size are drawn: the first takes long (up to a minute), the others less
+    compile: bool = False,  # by torch.compile, where many batches of one size are drawn: the first takes long, the others less; needs a C++ compiler
 ) -> Patterns:
     """Powder patterns of a batch, 0 where no line is near. Raises `ValueError` for what cannot be drawn; a GPU is not asked whether each material
     has reflections."""
-    low, high = two_theta
-    if not (0 <= low < high < 180): raise ValueError(f"2θ must rise within 0 to 180°, not {two_theta}")
-    if n_points < 2: raise ValueError(f"n_points={n_points} must be at least 2")
-    if not d_min > 0: raise ValueError(f"d_min={d_min:g} Å must be positive")
+    _need_batch(r)
+    try: low, high = map(float, two_theta)
+    except (TypeError, ValueError): raise ValueError(f"two_theta={two_theta!r} must be two angles, such as {TWO_THETA}") from None
+    if not (0 <= low < high < 180 and high - low >= 0.1): raise ValueError(f"2θ must rise within 0 to 180°, by at least 0.1°, not {two_theta}")
+    if not (isinstance(n_points, Integral) and n_points >= 2): raise ValueError(f"n_points={n_points} must be a whole number, at least 2")
+    if not (isinstance(d_min, Real) and d_min > 0): raise ValueError(f"d_min={d_min} Å must be a positive number")
     if transform not in _TRANSFORMS: raise ValueError(f"transform={transform!r} does not exist; choose from {', '.join(_TRANSFORMS)}")
     device = r.ln_d.device
     if not r.n or (device.type == "cpu" and not (torch.bincount(r.row, minlength=r.n) > 0).all()):
@@ -692,22 +709,27 @@ def render(
     angle = low + (high - low) / (n_points - 1) * torch.arange(n_points)
     whole = bool((m.two_theta_min <= angle[0]).all() and (ends >= angle[-1]).all())  # known before the device must be waited for
     mixed, doublet, lifted, noisy = _mixed(r, m), *(bool(t.any()) for t in (m.kalpha2, m.background + m.hump, m.counts.isfinite()))
-    random = lambda draw, shape, what: _random(draw, shape, generator, what, device)
+    random = lambda kind, shape, what: _random(kind, shape, generator, what, device)
     texture = _texture(r, m, generator)
     background = [random(torch.randn, (r.n, 5), "a background"), random(torch.rand, (2, r.n), "a background")] if lifted and scaled else None
     noise = random(torch.randn, (r.n, n_points), "counting noise") if noisy and scaled else None
-    m, ends, angle, draw = m.to(device), upload(ends, device), upload(angle, device), _drawn
+    m, ends, angle, compute = m.to(device), upload(ends, device), upload(angle, device), _compiled() if compile else _drawn
     if compile:
-        draw = torch.compile(_drawn, dynamic=False)
         for t in (*r[:3], *([] if texture is None else [texture])): torch._dynamo.maybe_mark_dynamic(t, 0)
-        warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")  # it calls the FFT instead
-    return Patterns(angle, *draw(r, m, ends, angle, texture, background, noise, mixed, doublet, (low, high), n_points, scaled, whole, transform), m)
+    settings = mixed, doublet, (low, high), int(n_points), scaled, whole, transform
+    return Patterns(angle, *compute(r, m, ends, angle, texture, background, noise, *settings), m)
 
 
 @cache
 def _keep_memory() -> None:
-    "Have the C library keep the memory of large arrays, which it may hand back and get anew, page by page, for each (a quarter of the time)."
-    torch.empty(2**23 - 2**12)  # it keeps blocks up to the largest that it saw freed, at most 32 MB: mallopt(3), M_MMAP_THRESHOLD
+    "Have the C library keep the memory of this process's large arrays, which it may hand back and get anew for each (up to a quarter of the time)."
+    torch.empty(2**25 - 2**14, dtype=torch.uint8, device="cpu")  # it keeps what is smaller than the largest it saw freed, to 32 MB: mallopt(3)
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")  # it calls the FFT, as it should
+    return torch.compile(_drawn, dynamic=False)
 
 
 def _drawn(
@@ -726,9 +748,9 @@ def _drawn(
     whole: bool,
     transform: str,
 ) -> tuple[Tensor, Tensor]:  # intensity and measured, each (n, n_points)
-    "All of `render` that is computed for each reflection or point; it neither draws nor asks, so that it can be compiled."
+    "The arithmetic of `render`: no random number is drawn and no value decides what is done, so that it can be compiled."
     y = _patterns(_observed(r, m, texture, mixed), m, doublet, *two_theta, n_points)
-    measured = (angle >= m.two_theta_min[:, None]) & (angle <= ends[:, None])
+    measured = torch.ones_like(y, dtype=torch.bool) if whole else (angle >= m.two_theta_min[:, None]) & (angle <= ends[:, None])
     if not scaled: return y * measured, measured
     y = y / y.amax(1, keepdim=True).clamp(min=1e-12)
     if background is not None: y += _background(*two_theta, n_points, m, *background)
@@ -782,9 +804,9 @@ def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: f
     y = torch.fft.irfft(spectrum[:, 0] * gauss + spectrum[:, 1] * lorentz, n=canvas_size)
 
     u, slope = u[:, margin : margin + intervals + 1], density[:, margin : margin + intervals + 1]
-    first = u[:, :-1].floor()  # whole cells apart from the rest, which single precision holds
-    nearest, weights = _spline(_rise((u[:, :-1] - first).float(), u.diff(dim=1).float(), n_points))
-    cell = (nearest + first.float()[..., None]).long().flatten(1)
+    begin = u[:, :-1].floor()  # whole cells apart from the rest, which single precision holds
+    nearest, weights = _spline(_rise((u[:, :-1] - begin).float(), u.diff(dim=1).float(), n_points))
+    cell = (nearest + begin.float()[..., None]).long().flatten(1)
     near = [y[:, i : canvas_size - 2 + i].gather(1, cell).view_as(nearest) for i in range(3)]
     read = weights[0].mul_(near[0]).addcmul_(weights[1], near[1]).addcmul_(weights[2], near[2])
     per_noise = 1e6 / y.amax(1).clamp(min=1e-30)  # the transform's noise fades from twice to once of this
@@ -848,8 +870,8 @@ class Grid(NamedTuple):
 
 def to_grid(
     two_theta: Tensor,  # (k,) degrees, ascending
-    intensity: Tensor,  # (n, k), without background; NaN where nothing was measured
-    wavelength: float = CU_KA,  # Å
+    intensity: Tensor,  # (n, k), without background; NaN where nothing was measured, where `render` gives 0: y.where(measured, math.nan)
+    wavelength: float = CU_KA,  # Å; of a doublet that was not stripped its weighted mean
     monochromator: float = 0.0,  # 2θ of the monochromator, degrees
     points: int = WINDOW_POINTS,  # grid points a window
     fwhm: float = WINDOW_FWHM,  # Gaussian smoothing in ln q: the model's peak width, to which the instrument's own adds; 0: none
@@ -857,9 +879,10 @@ def to_grid(
     "Patterns measured anywhere, on the model's grid. Raises `ValueError` for angles or a wavelength that cannot be."
     two_theta = torch.as_tensor(two_theta).double()
     device, intensity = two_theta.device, torch.atleast_2d(torch.as_tensor(intensity)).double()
-    if not (0 < wavelength < math.inf): raise ValueError(f"the wavelength must be positive, not {wavelength:g} Å")
-    if not (0 <= fwhm < math.inf and 0 <= monochromator < 180 and points >= 1):
-        raise ValueError(f"fwhm={fwhm:g} must not be negative, monochromator={monochromator:g} within 0 to 180°, points={points} at least 1")
+    if not (isinstance(wavelength, Real) and 0 < wavelength < math.inf):
+        raise ValueError(f"the wavelength must be a positive number of Å, one for all patterns, not {wavelength}")
+    if not (0 <= fwhm < math.inf and 0 <= monochromator < 180 and isinstance(points, Integral) and points >= 1):
+        raise ValueError(f"fwhm={fwhm:g} must not be negative, monochromator={monochromator:g} from 0 to 180°, points={points} a whole number from 1")
     if two_theta.ndim != 1 or len(two_theta) < 2 or intensity.shape[1:] != two_theta.shape:
         raise ValueError(f"angles {tuple(two_theta.shape)} and intensities {tuple(intensity.shape)} must be (k,) and (n, k), k at least 2")
     low, high, falls = two_theta[0], two_theta[-1], (two_theta.diff() <= 0).nonzero().flatten().tolist()

@@ -1074,13 +1074,15 @@ def speed_table(
     newest: dict[tuple, dict] = {}
     for path in sorted((root / "figures/bench").glob("*.jsonl")):
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            newest[row["bench"], row.get("task"), row.get("size"), row.get("batch_size"), row.get("device", "cpu"), bool(row.get("compiled"))] = row
+            kind = [row.get(k) for k in ("bench", "task", "size", "batch_size")]
+            newest[*kind, row.get("device", "cpu"), row.get("dataset", "").startswith("prototypes")] = row
     lines = [["what", "a second", "speed", "hardware", "commit"]]
-    for (bench, task, size, batch, device, _), row in newest.items():
+    for (bench, task, size, batch, device, built_in), row in newest.items():
         machine = row["hardware"].replace("thread(s) on", "of"), row["commit"]
         add = lambda what, rate, speed: lines.append([what, f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", speed, *machine])  # noqa: B023
         if bench == "diffraction":
-            add("reflections of real structures", row["reflections_per_s"], f"{row['reflections_ratio_to_pymatgen']:.0f} times pymatgen's")
+            what, ratio = "reflections of " + ("prototypes" if built_in else "real structures"), row["reflections_ratio_to_pymatgen"]
+            add(what, row["reflections_per_s"], f"{ratio:.0f} times pymatgen's")
             add(f"`lab` patterns of 4,096 points ({device})", row["render_patterns_per_s"], "")
             if "compiled_patterns_per_s" in row: add(f"the same, compiled ({device})", row["compiled_patterns_per_s"], "")
         elif bench == "prepare":
@@ -1141,7 +1143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--dataset", default="", metavar="SOURCE", help="structures (default: real ones where XXACT_REAL_DATA is set, else prototypes)")
     p.add_argument("--structures", type=int, default=1000, help="how many (default: 1000)")
     p.add_argument("--device", default="cpu", help="where patterns are drawn: cpu, cuda or auto (default: cpu)")
-    p.add_argument("--compile", action="store_true", help="draw them by compiled code too")
+    p.add_argument("--compile", default="off", help="on or off: draw them by compiled code too (default: off)")
     p = bench.add_parser("prepare", help="from an Alexandria file to a table, against pymatgen")
     p.add_argument("--dataset", default="", metavar="SOURCE", help="structures of the entries (default: as above, of source wbm)")
     p.add_argument("--entries", type=int, default=20_000, dest="n", help="how many (default: 20000)")
