@@ -69,7 +69,7 @@ def _one_scan(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_known(known: int, n: int, stacklevel: int) -> None:
     "Warn of points that are no numbers, or raise `ValueError` where they are too many."
-    if known < max(10, 0.5 * n): raise ValueError(f"only {known} of {n} points are numbers; at least 10 and half of them are needed")
+    if known < max(10, 0.5 * n): raise ValueError(f"only {known} of {n} points are numbers; at least 10 must be, and at least half")
     if known < n: warnings.warn(f"{n - known} of {n} points are no numbers and are left out", stacklevel=stacklevel)
 
 

@@ -64,7 +64,7 @@ def project_root() -> Path:
     "The clone that the current folder belongs to. Raises `ValueError` outside one."
     for folder in (here := Path.cwd().resolve(), *here.parents):
         if (folder / "settings.ini").exists() and (folder / "nbs/experiments").is_dir(): return folder
-    raise ValueError(f"{here} is not inside a clone of xxact; change to one to reproduce its experiments")
+    raise ValueError(f"{here} is not inside a clone of xxact, which this command needs; change to one")
 
 # %% ../nbs/12_reproduce.ipynb #5db98675
 def profiles(root: Path) -> dict[str, dict[str, str]]:
@@ -1221,8 +1221,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as e: print(f"xxact: {' '.join(str(e).split())}", file=sys.stderr); return 2
     except ImportError as e: print(f"xxact: {e}; `pip install 'xxact[notebooks]'` brings what notebooks need", file=sys.stderr); return 2
     except NotebookFailed as e: print(f"xxact: {e}", file=sys.stderr); return 2 if e.bad_input else 1
-    except RuntimeError as e: print(f"xxact: {e}", file=sys.stderr); return 1
-    except KeyboardInterrupt: print("xxact: interrupted; the same command goes on from what is finished", file=sys.stderr); return 130
+    except RuntimeError as e: print(f"xxact: {' '.join(str(e).split())}", file=sys.stderr); return 1
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on from what is finished" if a.command in ("reproduce", "download", "prepare", "ship") else ""
+        print(f"xxact: interrupted{goes_on}", file=sys.stderr)
+        return 130
     except BaseException as e:  # a panic is no Exception
         if not type(e).__module__.startswith(("polars", "pyo3_runtime")): raise
         print(f"xxact: a table is damaged: {(str(e).splitlines() or [type(e).__name__])[0]}", file=sys.stderr)
