@@ -23,6 +23,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -917,11 +918,14 @@ def verdicts(
     profile: str,
     root: Path,
 ) -> str:  # Markdown
-    "What the experiments of a profile have shown, a sentence each, with their notebooks and figures."
-    folder = root / "figures" / profile
-    drawn = lambda p: "".join(f", [{f.stem}](figures/{profile}/{f.name})" for f in sorted(folder.glob(f"{p.stem.partition('_')[0]}_*.png")))
-    return "\n".join(f"- {p.read_text(encoding='utf-8').strip()} ([notebook](nbs/experiments/{p.stem}.ipynb){drawn(p)})"
-                     for p in sorted(folder.glob("[0-9]*.md")))
+    "What the experiments of a profile have shown, a sentence each, with their notebooks and figures; the rest can be unfolded."
+    folder, items = root / "figures" / profile, []
+    for p in sorted(folder.glob("[0-9]*.md")):
+        said, *rest = re.split(r"(?<=[.)]) (?=[A-Z])", p.read_text(encoding="utf-8").strip(), maxsplit=1)
+        drawn = "".join(f", [{f.stem}](figures/{profile}/{f.name})" for f in sorted(folder.glob(f"{p.stem.partition('_')[0]}_*.png")))
+        items.append(f"- {said} ([notebook](nbs/experiments/{p.stem}.ipynb){drawn})")
+        items += [f"\n  <details><summary>more</summary>\n\n  {text}\n\n  </details>\n" for text in rest]
+    return "\n".join(items)
 
 
 def short_name(target: str) -> str:
