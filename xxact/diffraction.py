@@ -716,7 +716,7 @@ def render(
     m, ends, angle, compute = m.to(device), upload(ends, device), upload(angle, device), _compiled() if compile else _drawn
     if compile:
         for t in (*r[:3], *([] if texture is None else [texture])): torch._dynamo.maybe_mark_dynamic(t, 0)
-    settings = mixed, doublet, (low, high), int(n_points), scaled, whole, transform
+    settings = mixed, doublet, (low, high), scaled, whole, transform
     return Patterns(angle, *compute(r, m, ends, angle, texture, background, noise, *settings), m)
 
 
@@ -743,12 +743,12 @@ def _drawn(
     mixed: bool,
     doublet: bool,
     two_theta: tuple[float, float],
-    n_points: int,
     scaled: bool,
     whole: bool,
     transform: str,
 ) -> tuple[Tensor, Tensor]:  # intensity and measured, each (n, n_points)
     "The arithmetic of `render`: no random number is drawn and no value decides what is done, so that it can be compiled."
+    n_points = len(angle)
     y = _patterns(_observed(r, m, texture, mixed), m, doublet, *two_theta, n_points)
     measured = torch.ones_like(y, dtype=torch.bool) if whole else (angle >= m.two_theta_min[:, None]) & (angle <= ends[:, None])
     if not scaled: return y * measured, measured

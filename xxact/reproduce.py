@@ -921,7 +921,7 @@ def verdicts(
     "What the experiments of a profile have shown, a sentence each, with their notebooks and figures; the rest can be unfolded."
     folder, items = root / "figures" / profile, []
     for p in sorted(folder.glob("[0-9]*.md")):
-        said, *rest = re.split(r"(?<=[.)]) (?=[A-Z])", p.read_text(encoding="utf-8").strip(), maxsplit=1)
+        said, *rest = re.split(r"(?<=\.) (?=[A-Z])", p.read_text(encoding="utf-8").strip(), maxsplit=1)
         drawn = "".join(f", [{f.stem}](figures/{profile}/{f.name})" for f in sorted(folder.glob(f"{p.stem.partition('_')[0]}_*.png")))
         items.append(f"- {said} ([notebook](nbs/experiments/{p.stem}.ipynb){drawn})")
         items += [f"\n  <details><summary>more</summary>\n\n  {text}\n\n  </details>\n" for text in rest]
