@@ -428,6 +428,13 @@ def test_what_is_shipped_has_not_seen_what_scores_it(tmp_path, table):
         ship(str(dataset), tmp_path / "weights", leave_out=[params], runs=tmp_path / "runs")
 
 
+@pytest.mark.parametrize("options, message", [
+    (dict(epochs=-1), "epochs=-1 must be at least 1"), (dict(size="huge"), "size='huge' does not exist; choose from nano"),
+    (dict(copies=0), "copies=0 and workers=1 must be at least 1"), (dict(device="tpu"), "tpu")])
+def test_what_cannot_be_shipped_is_told_before_data_are_read(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message): ship("nowhere.parquet", tmp_path / "weights", **options)
+
+
 @pytest.fixture(scope="module")
 def weights(predictor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")

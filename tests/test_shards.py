@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,6 +97,18 @@ def test_killed_at_any_moment_the_same_command_goes_on(raw, undisturbed, tmp_pat
         for p in (tmp_path / "out").glob("alexandria_00?.parquet"): assert p.read_bytes() == (undisturbed / p.name).read_bytes()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "rows: 2800" in done.stdout
+    assert contents(tmp_path / "out") == contents(undisturbed)
+
+
+def test_terminated_it_leaves_no_process_and_the_same_command_goes_on(raw, undisturbed, tmp_path):
+    command = [*XXACT, "prepare", str(raw), "--out", str(tmp_path / "out"), "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out").glob(".*.parts")) and process.poll() is None: time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert "xxact: terminated; the same command goes on" in process.communicate(timeout=120)[1] and process.returncode == 143
+    assert workers and not psutil.wait_procs(workers, timeout=60)[1]
+    assert subprocess.run(command, capture_output=True).returncode == 0
     assert contents(tmp_path / "out") == contents(undisturbed)
 
 

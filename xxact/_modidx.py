@@ -482,6 +482,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'xxact.reproduce._shown': ('reproduce.html#_shown', 'xxact/reproduce.py'),
                                  'xxact.reproduce._stamp': ('reproduce.html#_stamp', 'xxact/reproduce.py'),
                                  'xxact.reproduce._status': ('reproduce.html#_status', 'xxact/reproduce.py'),
+                                 'xxact.reproduce._terminated': ('reproduce.html#_terminated', 'xxact/reproduce.py'),
                                  'xxact.reproduce._validation': ('reproduce.html#_validation', 'xxact/reproduce.py'),
                                  'xxact.reproduce._with_spread': ('reproduce.html#_with_spread', 'xxact/reproduce.py'),
                                  'xxact.reproduce._write_json': ('reproduce.html#_write_json', 'xxact/reproduce.py'),

@@ -21,10 +21,12 @@ import difflib
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,7 +34,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -683,6 +685,8 @@ def ship(
     from xxact.sources import SOURCES
 
     if not find_spec("sklearn"): raise ValueError("calibration needs scikit-learn: pip install 'xxact[notebooks]'")
+    check_parameters(dict(size=size, epochs=epochs, batch_size=batch_size, seed=seed, device=device), "ship")
+    if min(copies, workers) < 1: raise ValueError(f"copies={copies} and workers={workers} must be at least 1")
     df, formulas = load_table(dataset), []
     labelled = sorted(set(load_table(dataset, source)["source"]))
     if references: labels, scans = read_references(references); formulas += labels["formula"].to_list()
@@ -1217,6 +1221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if a.command == "reproduce": a.parameters += rest  # NAME=VALUE may stand between options
     run = dict(reproduce=_reproduce, download=_download, prepare=_prepare, data=_card, bench=_bench, ship=_ship, predict=_predict,
                search=_search, convert=_convert, page=_page, docs=_docs, readme=_readme)
+    with suppress(ValueError): signal.signal(signal.SIGTERM, _terminated)  # only a main thread may
     try:
         status = run[a.command](a)
         sys.stdout.flush()
@@ -1226,14 +1231,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as e: print(f"xxact: {e}; `pip install 'xxact[notebooks]'` brings what notebooks need", file=sys.stderr); return 2
     except NotebookFailed as e: print(f"xxact: {e}", file=sys.stderr); return 2 if e.bad_input else 1
     except RuntimeError as e: print(f"xxact: {' '.join(str(e).split())}", file=sys.stderr); return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         goes_on = "; the same command goes on from what is finished" if a.command in ("reproduce", "download", "prepare", "ship") else ""
-        print(f"xxact: interrupted{goes_on}", file=sys.stderr)
-        return 130
+        print(f"xxact: {str(e) or 'interrupted'}{goes_on}", file=sys.stderr)
+        return 143 if str(e) else 130
     except BaseException as e:  # a panic is no Exception
         if not type(e).__module__.startswith(("polars", "pyo3_runtime")): raise
         print(f"xxact: a table is damaged: {(str(e).splitlines() or [type(e).__name__])[0]}", file=sys.stderr)
         return 2
+
+
+def _terminated(*_: object) -> None:
+    for worker in multiprocessing.active_children(): worker.terminate()  # Ctrl-C reaches them, a SIGTERM does not
+    raise KeyboardInterrupt("terminated")
 
 
 def _path(text: str) -> Path:
