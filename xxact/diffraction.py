@@ -16,6 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -68,88 +69,102 @@ class Crystal(NamedTuple):
 
 
 def _turns(
-    x: np.ndarray,  # (...,) fractional coordinates
-    index: np.ndarray,  # (m,) h, k or l
-) -> np.ndarray:  # (..., m) complex64
-    "Phase factors of one axis."
-    turn = x[..., None] * index
+    x: np.ndarray,  # (n, 3) fractional coordinates
+    box: list[np.ndarray],  # the h, k and l
+) -> np.ndarray:  # (n + 1, number of h + k + l) complex64; the last row is 0
+    "Phase factors of each axis."
+    turn = x.repeat([len(index) for index in box], 1)
+    turn *= np.concatenate(box)
     turn -= np.rint(turn)  # single precision holds a part of a turn, not many turns
-    phase, out = (2 * np.pi * turn).astype(np.float32), np.empty(turn.shape, np.complex64)
-    np.cos(phase, out=out.real), np.sin(phase, out=out.imag)
+    turn *= 2 * np.pi
+    phase, out = turn.astype(np.float32), np.zeros((len(x) + 1, turn.shape[1]), np.complex64)
+    np.cos(phase, out=out[:-1].real), np.sin(phase, out=out[:-1].imag)
     return out
 
 
-def _waves(
-    x: np.ndarray,  # (k, n, 3) fractional coordinates of atoms of one element
-    occupancy: np.ndarray,  # (k, n), 0 is padding
-    box: list[np.ndarray],  # the h, k and l
-    out: np.ndarray,  # (k, hkl) complex64, written to
-) -> None:
-    "Sum of the waves from the atoms for a box of (h, k, l)."
-    h, k, l = (_turns(x[..., i], index) for i, index in enumerate(box))
-    h *= occupancy[..., None]
-    hk = (h[..., None] * k[:, :, None]).reshape(*occupancy.shape, -1)
-    np.matmul(hk.transpose(0, 2, 1), l, out=out.reshape(len(x), hk.shape[2], l.shape[2]))
+def _elements_of(crystals: list[Crystal]) -> np.ndarray:  # (n,) of all atoms, 128 × place of the crystal + atomic number
+    "Which element of which crystal each atom is."
+    crystal = np.repeat(np.arange(len(crystals)), [len(c.atomic_numbers) for c in crystals])
+    return 128 * crystal + np.concatenate([c.atomic_numbers for c in crystals])
+
+
+_TOGETHER = 2**22  # numbers, at most, in one product of the phases of h and k
 
 
 def _box_reflections(
     top: np.ndarray,  # (3,) largest h, k, l
-    crystals: list[Crystal],
+    crystals: list[Crystal],  # those of most elements first
     axes: np.ndarray,  # (c, 3) which axis of each crystal is h, k, l
     metric: np.ndarray,  # (c, 3, 3) reciprocal metric: 1/d² = hᵀ metric h, Å⁻²
-    g_range: tuple[float, float],  # of 1/d, Å⁻¹
+    g2_range: tuple[float, float],  # of 1/d², Å⁻²
     b_iso: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # crystal (ascending), 1/d and |F|² of each reflection of half a box that is in range
-    h, k, l = box = [np.arange(top[0] + 1.0), np.arange(-top[1], top[1] + 1.0), np.arange(-top[2], top[2] + 1.0)]
+    h, k, l = np.arange(top[0] + 1.0), np.arange(-top[1], top[1] + 1.0), np.arange(-top[2], top[2] + 1.0)
     hh, hk, hl, kk, kl, ll = metric[:, (0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)].T[..., None, None]
-    in_plane = (hh * h[:, None] + 2 * hk * k) * h[:, None] + kk * k**2
-    g2 = (2 * (hl * h[:, None] + kl * k))[..., None] + ll[..., None] * l
+    in_plane = ((hh * h[:, None] + 2 * hk * k) * h[:, None] + kk * k**2).reshape(len(crystals), -1)
+    slope = (hl * h[:, None] + kl * k).reshape(len(crystals), -1)
+    columns = np.flatnonzero((in_plane - slope**2 / ll[..., 0] <= g2_range[1]).any(0))  # the (h, k) that reach into the sphere
+    g2 = 2 * slope[:, columns, None] + ll * l
     g2 *= l
-    g2 += in_plane[..., None]
+    g2 += in_plane[:, columns, None]
     n_hkl = g2[0].size
-    inside = np.flatnonzero((g2 >= g_range[0] ** 2) & (g2 <= g_range[1] ** 2))
+    inside = np.flatnonzero((g2 >= g2_range[0]) & (g2 <= g2_range[1]))
     g, row = np.sqrt(g2.ravel()[inside]), inside // n_hkl
     hkl = inside - row * n_hkl
 
-    crystal = np.repeat(np.arange(len(crystals)), [len(c.atomic_numbers) for c in crystals])
-    key = 128 * crystal + np.concatenate([c.atomic_numbers for c in crystals])
+    key = _elements_of(crystals)
     order = key.argsort(kind="stable")
-    x = np.take_along_axis(np.concatenate([c.frac_coords for c in crystals]), axes[crystal], 1)[order]
+    key = key[order]
+    x = np.concatenate([c.frac_coords for c in crystals])[order[:, None], axes[key // 128]]
     occupancy = np.concatenate([c.occupancies for c in crystals]).astype(np.float32)[order]
-    elements, first, counts = np.unique(key[order], return_index=True, return_counts=True)  # the elements of each crystal
-    sizes = 2 ** np.ceil(np.log2(counts)).astype(int)
+    first = np.flatnonzero(np.diff(key, prepend=-1))  # atom of each element of each crystal
+    elements, counts = key[first], np.diff(first, append=len(key))
+    sizes = np.ceil(np.log2(counts)).astype(int)  # log₂ of what they are padded to
     by_size = sizes.argsort(kind="stable")
+    turns = _turns(x, [h, k, l])
+    turns[:-1, : len(h)] *= occupancy[:, None]
+    in_h, in_k = np.divmod(columns, len(k))
+    in_k += len(h)
     waves, begin = np.empty((len(elements), n_hkl), np.complex64), 0
-    for size, n in zip(*np.unique(sizes, return_counts=True), strict=True):
-        some, place = by_size[begin : begin + n], np.arange(size)
-        at = first[some, None] + place.clip(max=counts[some, None] - 1)
-        _waves(x[at], occupancy[at] * (place < counts[some, None]), box, waves[begin : (begin := begin + n)])
+    for size, n in enumerate(np.bincount(sizes).tolist()):
+        if not n: continue
+        some, place = by_size[begin : begin + n, None], np.arange(2**size)
+        turn = turns[np.where(place < counts[some], first[some] + place, -1)]
+        out, block = waves[begin : (begin := begin + n)].reshape(n, len(columns), len(l)), max(1, _TOGETHER // (n << size))
+        for c in range(0, len(columns), block):
+            hk = turn.take(in_h[c : c + block], 2) * turn.take(in_k[c : c + block], 2)
+            np.matmul(hk.transpose(0, 2, 1), turn[..., -len(l) :], out=out[:, c : c + block])
 
     crystal_of, z = np.divmod(elements, 128)
     first_of = np.searchsorted(crystal_of, np.arange(len(crystals) + 1))
-    table = _factor_table(int(g_range[1] / 2 / _TABLE_STEP) + 3)
+    table = _factor_table(int(math.sqrt(g2_range[1]) / 2 / _TABLE_STEP) + 3)
     place = (g / (2 * _TABLE_STEP)).astype(np.float32)
     cell = place.astype(int)
     share = place - cell
     in_waves, in_table = by_size.argsort() * n_hkl, z * table.shape[1]
-    total, n_elements = np.zeros(len(g), np.complex64), np.diff(first_of)[row]
-    for i in range(n_elements.max(initial=0)):
-        some = np.flatnonzero(n_elements > i)
-        element = first_of[row[some]] + i
-        at = in_table[element] + cell[some]
+    total, n_elements, n_inside = np.zeros(len(g), np.complex64), np.diff(first_of), np.bincount(row, minlength=len(crystals))
+    for i in range(n_elements[0]):
+        have = (n_elements > i).sum()
+        element, n = first_of[:have] + i, n_inside[:have]
+        at = in_table[element].repeat(n)
+        some = slice(len(at))
+        at += cell[some]
         low, f = table.ravel().take(at), table.ravel().take(at + 1)
         f -= low
         f *= share[some]
         f += low
-        total[some] += waves.ravel().take(in_waves[element] + hkl[some]) * f
-    friedel = np.where(hkl >= len(k) * len(l), np.float32(2), np.float32(1))  # h > 0 stands for its Friedel mate; h = 0 holds both
+        total[some] += waves.ravel().take(in_waves[element].repeat(n) + hkl[some]) * f
+    friedel = np.where(hkl >= columns.searchsorted(len(k)) * len(l), np.float32(2), np.float32(1))  # h = 0 holds both Friedel mates, h > 0 one
     return row, g, (total.real**2 + total.imag**2) * friedel * np.exp(-b_iso / 2 * g**2)
 
 # %% ../nbs/01_diffraction.ipynb #6e1a54f5
 D_MIN, D_MAX = 1.05, 60.0  # Å, the stored range: a little more than 5-90° at Cu Kα, which ends at 1.09 Å, so that a strained cell has lines there too
 WEAKEST = 1e-4  # a reflection is dropped when I·d² is below this share of its maximum; d² is the Lorentz factor up to a bounded term
 EQUAL = 3e-6  # reflections whose neighbours are closer than this share of d are one; a group is at most four times as wide
-_BOX_BUDGET = 2**18  # numbers in one array, a size that stays in the cache
+_BOX_BUDGET = 2**19  # numbers in the arrays of boxes that are done together, a size that stays in the cache
+_LARGEST_BOX = 2**25  # (h, k, l) of one crystal, which take some 2 GB
+_EDGE = 1e-9  # a line at the very end of the range is in it, however the cell is turned
+_EXTINCT = 1e-10  # of |F(000)|²: rounding errors are less, what is measured is more
 
 
 def crystal_reflections(
@@ -167,20 +182,26 @@ def crystal_reflections(
     axes = lengths.argsort(1)[:, ::-1]
     reciprocal = np.linalg.inv(np.take_along_axis(lattices, axes[..., None], 1))
     metric = reciprocal.transpose(0, 2, 1) @ reciprocal
-    top = np.floor(np.take_along_axis(lengths, axes, 1) / d_min).astype(int)
+    top = np.floor(np.take_along_axis(lengths, axes, 1) / d_min * (1 + _EDGE))
+    _refuse((top[:, 0] + 1) * (2 * top[:, 1:] + 1).prod(1) > _LARGEST_BOX, "axes too long for this d_min; choose a larger d_min, or shorter axes")
+    top = top.astype(int)
     step = 2 ** np.maximum(0, np.frexp(top)[1] - 2)
     boxes, which = np.unique(-(-top // step) * step, axis=0, return_inverse=True)
-    n_atoms = np.array([len(c.atomic_numbers) for c in crystals])
+    elements = _elements_of(crystals)
+    n_elements = np.bincount(np.unique(elements) // 128)
+    extinct = _EXTINCT * np.bincount(elements // 128, elements % 128 * np.concatenate([c.occupancies for c in crystals])) ** 2
+    g2_range = (1 - _EDGE) / d_max**2, (1 + _EDGE) / d_min**2
     done = [None] * len(crystals)
     for i, box in enumerate(boxes):
         members = np.flatnonzero(which.ravel() == i)
-        members = members[n_atoms[members].argsort()]
+        members = members[(-n_elements[members]).argsort(kind="stable")]
         together = max(1, _BOX_BUDGET // int(3 * (box[0] + 1) * (2 * box[1:] + 1).prod()))
         for some in np.split(members, range(together, len(members), together)):
-            row, g, intensity = _box_reflections(box, [crystals[j] for j in some], axes[some], metric[some], (1 / d_max, 1 / d_min), b_iso)
-            _refuse(np.isin(np.arange(len(crystals)), some[np.bincount(row, minlength=len(some)) == 0]),
-                    f"no reflection between d = {d_min:g} and {d_max:g} Å; so small a cell needs a smaller d_min")
-            for j, pair in zip(some, _merge(row, g, intensity, 0.5 * d_min, weakest), strict=True): done[j] = pair
+            row, g, intensity = _box_reflections(top[some].max(0), [crystals[j] for j in some], axes[some], metric[some], g2_range, b_iso)
+            row, d, intensity = _merge(row, g, intensity, 0.5 * d_min, weakest, extinct[some])
+            ends = row.searchsorted(np.arange(len(some) + 1)).tolist()
+            for j, (begin, end) in zip(some, pairwise(ends), strict=True): done[j] = d[begin:end], intensity[begin:end]
+    _refuse(np.array([len(d) == 0 for d, _ in done]), f"no reflection between d = {d_min:g} and {d_max:g} Å; a smaller d_min is needed")
     return done
 
 
@@ -190,26 +211,32 @@ def _merge(
     intensity: np.ndarray,  # (m,)
     unit: float,  # makes 1/d smaller than 1
     weakest: float,
-) -> list[tuple[np.ndarray, np.ndarray]]:
+    extinct: np.ndarray,  # (crystals,) intensity below which there is no line
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # crystal, d (float32), intensity (float32)
     "Merge equal d, drop what is too weak, and scale."
     bits = len(g).bit_length()  # to sort one array of integers that end in the place is several times as fast as to sort places
-    key = ((row + unit * g) * 2.0 ** (62 - bits - int(row[-1] + 1).bit_length())).astype(np.int64) << bits | np.arange(len(g))
-    key.sort()
+    key = (unit * g * 2.0 ** (62 - bits)).astype(np.int64) << bits | np.arange(len(g))
+    for begin, end in pairwise(row.searchsorted(np.arange(len(extinct) + 1)).tolist()): key[begin:end].sort()
     order = key & ((1 << bits) - 1)
     g, intensity = g[order], intensity[order].astype(float)
-    new = (np.diff(g, prepend=0) > EQUAL * g) | (np.diff(row, prepend=-1) > 0)
+    new = np.diff(row + unit * g, prepend=-1) > EQUAL * unit * g
     first = np.flatnonzero(new)
-    width = g / np.repeat(g[first], np.diff(first, append=len(g))) - 1
-    first = np.flatnonzero(new | (np.diff((width / (4 * EQUAL)).astype(int), prepend=0) > 0))  # dense lines must not make a chain
-    weight = intensity + 1e-30  # an extinct line keeps its place
+    if (g[np.append(first, len(g))[1:] - 1] > (1 + 4 * EQUAL) * g[first]).any():  # dense lines must not make a chain
+        width = g / np.repeat(g[first], np.diff(first, append=len(g))) - 1
+        first = np.flatnonzero(new | (np.diff((width / (4 * EQUAL)).astype(int), prepend=0) > 0))
+    weight = intensity + 1e-30  # not to divide by 0
     d = np.add.reduceat(weight, first) / np.add.reduceat(weight * g, first)
     row, intensity = row[first], np.add.reduceat(intensity, first)
-    visible, begin = intensity * d**2, np.flatnonzero(np.diff(row, prepend=-1))
-    strong = visible >= weakest * np.maximum.reduceat(visible, begin)[row]
+    visible = intensity * d**2
+    strong = (visible >= weakest * _strongest(visible, row)) & (intensity > extinct[row])
     row, d, intensity = row[strong], d[strong], intensity[strong]
+    return row, d.astype(np.float32), (intensity / _strongest(intensity, row)).astype(np.float32)
+
+
+def _strongest(intensity: np.ndarray, row: np.ndarray) -> np.ndarray:
+    "The maximum of its crystal, for each line."
     begin = np.flatnonzero(np.diff(row, prepend=-1))
-    intensity /= np.maximum.reduceat(intensity, begin)[row]
-    return list(zip(*(np.split(v.astype(np.float32), begin[1:]) for v in (d, intensity)), strict=True))
+    return np.maximum.reduceat(intensity, begin).repeat(np.diff(begin, append=len(row)))
 
 
 def reflections(
@@ -224,16 +251,18 @@ def reflections(
 
 
 def _as_arrays(c: Crystal) -> Crystal:
-    z, x = np.asarray(c.atomic_numbers), np.asarray(c.frac_coords, float)
+    z, x, lattice = np.asarray(c.atomic_numbers), np.asarray(c.frac_coords, float), np.asarray(c.lattice, float)
     if x.ndim > 1 and x.shape[1:] != (3,): raise ValueError(f"fractional coordinates must be (n, 3), not {x.shape}")
-    if z.size and (z.dtype.kind not in "iuf" or (z != np.rint(z)).any()): raise ValueError(f"atomic numbers must be whole numbers, not {z[:3]} …")
-    z = z.astype(int)
-    occupancies = np.ones(len(z)) if c.occupancies is None else np.asarray(c.occupancies, float)
-    return Crystal(np.asarray(c.lattice, float).reshape(3, 3), x.reshape(-1, 3), z, occupancies)
+    whole = z.dtype.kind in "iu" or (z.dtype.kind == "f" and (z == np.rint(z)).all())
+    if z.size and not whole: raise ValueError(f"atomic numbers must be whole numbers, not {z[:3]} …")
+    occupancies = np.ones(z.shape) if c.occupancies is None else np.asarray(c.occupancies, float)
+    if not z.ndim == occupancies.ndim == 1: raise ValueError(f"atomic numbers and occupancies must be (n,), not {z.shape} and {occupancies.shape}")
+    return Crystal(lattice.reshape(3, 3), x.reshape(-1, 3), z.astype(int, copy=False), occupancies)
 
 
 def _check_crystals(crystals: list[Crystal], d_min: float, d_max: float, b_iso: float, weakest: float) -> None:
     if not crystals: raise ValueError("no crystals were given")
+    if not all(isinstance(v, Real) for v in (d_min, d_max, b_iso, weakest)): raise ValueError("d_min, d_max, b_iso and weakest must be numbers")
     if not 0 < d_min < d_max < math.inf: raise ValueError(f"0 < d_min < d_max is needed, not {d_min:g} and {d_max:g} Å")
     if not (0 <= weakest < 1 and 0 <= b_iso <= 100): raise ValueError(f"weakest={weakest:g} must be in [0, 1) and b_iso={b_iso:g} in [0, 100]")
     counts = np.array([[len(a) for a in (c.atomic_numbers, c.frac_coords, c.occupancies)] for c in crystals])
