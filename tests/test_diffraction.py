@@ -14,10 +14,10 @@ from pymatgen.analysis.diffraction.xrd import XRDCalculator
 from pymatgen.core import Lattice, Structure
 
 from xxact import diffraction
-from xxact.diffraction import (LN_Q, MEASUREMENTS, N_PEAKS, N_WINDOWS, NARROWEST, TWO_THETA, WAVELENGTHS, WINDOW, Augmentation, Crystal,
-                               Measurement, Reflections, batch_reflections, crystal_reflections, draw, draw_measurement, hide, lorentz_polarisation,
-                               observe, peak_shape, peaks, perturb, reflections, render, structure_reflections, to_grid, two_theta_of,
-                               window_pattern)
+from xxact.diffraction import (LN_Q, CU_KA, MEASUREMENTS, N_PEAKS, N_WINDOWS, NARROWEST, RADIUS, TWO_THETA, WAVELENGTHS, WINDOW, Augmentation,
+                               Crystal, Measurement, Reflections, batch_reflections, crystal_reflections, draw, draw_measurement, hide, ln_q_of,
+                               lorentz_polarisation, observe, peak_shape, peaks, perturb, reflections, render, structure_reflections, to_grid,
+                               two_theta_of, window_pattern)
 from xxact.reproduce import main, speed_table
 
 REAL = os.environ.get("XXACT_REAL_DATA")
@@ -116,14 +116,29 @@ def test_thermal_motion_damps_by_the_debye_waller_factor():
     assert np.allclose(d, d_hot) and np.allclose(ratio[visible], ratio[visible][0], rtol=1e-3)
 
 
-def test_thousands_of_sites():
-    x = np.stack(np.meshgrid(*[np.arange(17) / 17] * 3), -1).reshape(-1, 3)  # a supercell of 4913 sites: the crystal of one
+@pytest.mark.parametrize("cells", [(17, 17, 17), (50, 50, 2), (1250, 2, 2)])
+def test_thousands_of_sites(cells):
+    x = np.stack(np.meshgrid(*(np.arange(n) / n for n in cells)), -1).reshape(-1, 3)  # a supercell: the crystal of one site
     tracemalloc.start()
-    d, i = reflections(np.eye(3) * 17 * 3, x, np.full(len(x), 29))
+    d, i = reflections(np.diag(cells) * 3.0, x, np.full(len(x), 29))
     assert tracemalloc.get_traced_memory()[1] < 2e9
     tracemalloc.stop()
     d_one, i_one = reflections(np.eye(3) * 3, [[0, 0, 0]], [29])
     assert len(d) == len(d_one) and np.allclose(d, d_one, rtol=1e-5) and np.allclose(i, i_one, atol=1e-4)
+
+
+def test_extinct_lines_are_none():
+    tungsten = [np.eye(3) * 3.165, [[0, 0, 0], [0.5, 0.5, 0.5]], [74, 74]]
+    with pytest.raises(ValueError, match="no reflection"): reflections(*tungsten, d_min=2.3)  # (100) is extinct, (110) is at 2.24 Å
+    d, _ = reflections(*tungsten, weakest=0)
+    assert np.allclose(d, 3.165 / np.sqrt([2, 4, 6, 8]), rtol=1e-5)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_a_line_at_the_end_of_the_range_is_in_it_however_the_cell_is_turned(seed):
+    turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))[0]
+    assert reflections(5.25 * turn, [[0, 0, 0]], [29])[0][-1] == np.float32(1.05)  # (500)
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=5))
@@ -148,6 +163,10 @@ def test_a_batch_is_its_members(seeds):
     (dict(d_max=math.inf), "d_max"),
     (dict(weakest=2), "weakest"),
     (dict(b_iso=math.nan), "b_iso"),
+    (dict(d_min="1"), "must be numbers"),
+    (dict(lattice=np.eye(3) * 1e6), "axes too long"),
+    (dict(occupancies=1.0), "must be \\(n,\\), not \\(1,\\) and \\(\\)"),
+    (dict(atomic_numbers=29), "must be \\(n,\\)"),
 ])
 def test_bad_input(change, message):
     good = dict(lattice=np.eye(3) * 4, frac_coords=[[0, 0, 0]], atomic_numbers=[29])
@@ -172,18 +191,19 @@ def seeded(seed: int) -> torch.Generator: return torch.Generator().manual_seed(s
 
 
 def a_measurement(seed: int) -> Measurement:
-    "One of the `lab` or `synchrotron` kind, settled, without what is random or not a peak."
-    m = draw_measurement(("lab", "synchrotron")[seed % 2], 1, seeded(seed))
-    plain = dict(texture=0.0, background=0.0, hump=0.0, counts=math.inf, strain=0.0, zero_shift=0.0, displacement=0.0)
+    "One of a preset, settled, without what is random or not a peak."
+    m = draw_measurement(("lab", "synchrotron", "harsh")[seed % 3], 1, seeded(seed))
+    plain = dict(texture=0.0, background=0.0, hump=0.0, counts=math.inf, second_phase=0.0, two_theta_min=0.0, two_theta_max=180.0)
     return Measurement(*(float(v) for v in m))._replace(**plain)
 
 
 def written_out(r: Reflections, m: Measurement, two_theta: torch.Tensor, step: float) -> torch.Tensor:
     "The sum of all pseudo-Voigts of one pattern, in double precision."
     settled = Measurement(*(v.double() for v in draw_measurement(m, 1)))
-    d, y = r.ln_d.double().exp(), torch.zeros(len(two_theta), dtype=torch.float64)
+    d, y = r.ln_d.double().exp() * (1 + m.strain), torch.zeros(len(two_theta), dtype=torch.float64)
     for wavelength, share in ((m.wavelength, 1), (m.wavelength * (1 + m.kalpha2_shift), m.kalpha2)):
         angle = two_theta_of(d, wavelength)
+        angle = angle + m.zero_shift - torch.rad2deg(2 * m.displacement / RADIUS * torch.deg2rad(angle / 2).cos())
         fwhm, eta = (t[0] for t in peak_shape(angle[None], settled, NARROWEST * step))
         u = (two_theta.double()[:, None] - angle) / fwhm
         shape = eta * 2 / math.pi / (1 + 4 * u**2) + (1 - eta) * 2 * math.sqrt(math.log(2) / math.pi) * torch.exp(-4 * math.log(2) * u**2)
@@ -218,10 +238,11 @@ def test_what_leaves_one_end_of_the_grid_does_not_come_in_at_the_other(fwhm, ste
 def test_the_area_of_a_peak_is_its_intensity(angle, seed):
     m = a_measurement(seed)._replace(kalpha2=0.0, microstrain=0.0, crystallite_size=math.inf)  # Gaussian: all of it is on the grid
     r = line(angle, wavelength=m.wavelength)
-    d = r.ln_d.exp()
+    d = r.ln_d.exp() * (1 + m.strain)
     x, y, *_ = render(r, m, scaled=False, d_min=0.1)
     assert abs(float(y.sum() * (x[1] - x[0])) / (3 * float(lorentz_polarisation(d, m.wavelength, m.monochromator))) - 1) < 0.01
-    assert abs(float(x[y[0].argmax()]) - angle) <= float(x[1] - x[0])
+    moved = float(two_theta_of(d, m.wavelength)) + m.zero_shift - math.degrees(2 * m.displacement / RADIUS * math.cos(math.radians(angle / 2)))
+    assert abs(float(x[y[0].argmax()]) - moved) <= float(x[1] - x[0])
 
 
 @pytest.mark.parametrize("share", [1e-2, 1e-3])
@@ -315,6 +336,9 @@ def test_a_second_phase_is_the_next_material():
     alone = render(batch_reflections(lists), scaled=False).intensity
     mixed = render(batch_reflections(lists), Measurement(second_phase=0.3), scaled=False).intensity
     assert torch.allclose(mixed, alone + 0.3 * alone.roll(-1, 0), atol=1e-4 * float(alone.max()))
+    stronger = [(d, i * 10.0**k) for k, (d, i) in enumerate(lists)]  # a share is of lines, whatever their unit
+    scaled = render(batch_reflections(stronger), Measurement(second_phase=0.3), scaled=False).intensity / torch.tensor([[1], [10], [100]])
+    assert torch.allclose(scaled, mixed, rtol=1e-3, atol=1e-4 * float(mixed.max()))
     with pytest.raises(ValueError, match="only one"): render(batch_reflections(lists[:1]), Measurement(second_phase=0.3))
 
 
@@ -334,19 +358,36 @@ def test_noise_background_and_transforms():
         assert np.allclose(render(r, n_points=1000, transform=name).intensity[0], form(still.numpy()), atol=1e-5)
 
 
+def test_a_hump_is_as_wide_in_q_at_any_wavelength():
+    ends = []
+    for wavelength, grid in ((CU_KA, (2, 60)), (0.4, (0.5, 16))):
+        x, y, *_ = render(line(80), Measurement(wavelength, hump=0.5), grid, generator=seeded(0))
+        half = x[y[0] > y[0].max() / 2]
+        ends.append(torch.deg2rad(half[[0, -1]] / 2).sin() / wavelength)
+    assert torch.allclose(ends[0], ends[1], rtol=0.05)
+
+
+def test_lines_without_intensity_are_no_peaks():
+    d = np.concatenate([np.linspace(60, 20, 50), [5, 4, 3]])  # the first fifty are below the model's range
+    assert peaks(batch_reflections([(d, np.ones(53))]), weakest=0.0).intensity.count_nonzero() == 3
+
+
 def test_what_was_not_measured_is_marked():
     r = batch_reflections([reflections(*random_crystal(5))])
     x, _, measured, _ = render(r, Measurement(two_theta_min=20.0, two_theta_max=70.0))
     assert torch.equal(measured[0], (x >= 20) & (x <= 70))
     x, y, measured, _ = render(r, Measurement(wavelength=0.5))
     assert torch.equal(measured[0], x <= 2 * math.degrees(math.asin(0.25 / 1.05))) and (y[~measured] == 0).all()  # stored lines end at 1.05 Å
+    x, _, measured, _ = render(r, Measurement(wavelength=0.5, strain=0.01, zero_shift=-0.1))
+    assert torch.equal(measured[0], x <= 2 * math.degrees(math.asin(0.25 / 1.05 / 1.01)) - 0.1)
 
 
-@pytest.mark.parametrize("n_points", [33, 130, 257, 4096, 9000, 20000])
-def test_any_grid_is_as_exact(n_points):
-    r, m = batch_reflections([reflections(*random_crystal(7))]), Measurement(caglioti_w=1e-6)
-    x, y, *_ = render(r, m, n_points=n_points, scaled=False)
-    exact = written_out(r, m, x, float(x[1] - x[0]))
+@pytest.mark.parametrize("two_theta, n_points", [
+    *((TWO_THETA, n) for n in (33, 130, 257, 4096, 9000, 20000)), ((30, 60), 4096), ((30, 40), 1000), ((35, 37), 4096), ((90, 178), 6000)])
+def test_any_grid_is_as_exact(two_theta, n_points):
+    r, m = batch_reflections([reflections(*random_crystal(7), d_min=0.772)]), Measurement(caglioti_w=1e-6, caglioti_u=1e-4)
+    x, y, measured, _ = render(r, m, two_theta, n_points, d_min=0.772, scaled=False)
+    exact = written_out(r, m, x, float(x[1] - x[0])) * measured[0]
     assert (y[0] - exact).abs().max() < 0.02 * exact.max() and abs(float(y.sum() / exact.sum()) - 1) < 0.01
 
 
@@ -448,7 +489,6 @@ SALT = Structure.from_spacegroup(225, Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0,
     (dict(measurement="lab"), "give a generator"),
     (dict(measurement=Measurement(wavelength=0)), "wavelength=0 must be positive"),
     (dict(measurement=Measurement(wavelength=math.nan)), "number or a range"),
-    (dict(measurement=Measurement(zero_shift=(0.1, -0.1))), "number or a range"),
     (dict(measurement=Measurement(texture=0.2)), "texture is random"),
     (dict(measurement=Measurement(background=-1)), "not be negative"),
     (dict(measurement=Measurement(wavelength=math.inf)), "must be finite"),
@@ -456,7 +496,8 @@ SALT = Structure.from_spacegroup(225, Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0,
     (dict(measurement=Measurement(zero_shift=(0.1, -0.1))), "number or a range"),
     (dict(measurement=None), "must be a Measurement, or one of ideal"),
     (dict(measurement=Measurement(strain=-1)), "strain"),
-    (dict(measurement=Measurement(two_theta_min=50.0, two_theta_max=40.0)), "below two_theta_max"),
+    (dict(measurement=Measurement(two_theta_min=50.0, two_theta_max=40.0)), "two_theta_max=40.0 must be above all of two_theta_min, 50"),
+    (dict(measurement=Measurement(texture=30.0)), "texture=30.0 must be at most 10"),
     (dict(d_min=0), "d_min"),
     (dict(d_min="1"), "d_min=1 Å must be a positive number"),
     (dict(two_theta=90), "must be two angles"),
@@ -468,6 +509,12 @@ SALT = Structure.from_spacegroup(225, Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0,
 def test_bad_measurements(change, message):
     r = batch_reflections([reflections(*random_crystal(0))])
     with pytest.raises(ValueError, match=message): render(r, **change)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranges_that_overlap_are_told_whatever_is_drawn(seed):
+    m = Measurement(two_theta_min=(5.0, 50.0), two_theta_max=(40.0, 90.0))
+    with pytest.raises(ValueError, match="must be above all of two_theta_min, 50"): draw_measurement(m, 1, seeded(seed))
 
 
 @pytest.mark.parametrize("call, message", [
@@ -489,6 +536,12 @@ def test_bad_measurements(change, message):
     (lambda r: batch_reflections([SALT]), r"material 0: a pair \(d_spacing, intensity\)"),
     (lambda r: batch_reflections([([[3.0, 2.0]], [[1.0, 0.5]])]), r"material 0: a pair \(d_spacing, intensity\)"),
     (lambda r: structure_reflections("NaCl.cif"), "Structure is needed"),
+    (lambda r: peaks(r, measurement="ideal", limits=torch.tensor([[0.5, 1.0]])), "give one of the two"),
+    (lambda r: window_pattern(r, points=2.5), "points=2.5 must be a whole number"),
+    (lambda r: two_theta_of(torch.tensor([2.0]), 0.0), "wavelength=0.0 must be a positive number"),
+    (lambda r: lorentz_polarisation(torch.tensor([2.0]), -1.54), "wavelength=-1.54 must be"),
+    (lambda r: ln_q_of(30.0, 0.0), "wavelength=0.0 must be"),
+    (lambda r: ln_q_of(0.0), "2θ=0.0 must be within"),
     (lambda r: structure_reflections(Structure(Lattice.cubic(3), [], [])), "without atoms"),
 ])
 def test_settings_of_reflections_that_cannot_be(call, message):

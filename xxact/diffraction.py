@@ -49,7 +49,7 @@ def scattering_factor(
     return np.add(f, z[:, None], out=f, casting="same_kind")
 
 
-_TABLE_STEP = 5e-4  # in s, Å⁻¹: between the entries, where linear interpolation is right to 3 parts in a million
+_TABLE_STEP = 5e-4  # in s, Å⁻¹: between the entries, where linear interpolation is right to 3 millionths of Z
 
 
 @cache
@@ -159,7 +159,7 @@ def _box_reflections(
 
 # %% ../nbs/01_diffraction.ipynb #6e1a54f5
 D_MIN, D_MAX = 1.05, 60.0  # Å, the stored range: a little more than 5-90° at Cu Kα, which ends at 1.09 Å, so that a strained cell has lines there too
-WEAKEST = 1e-4  # a reflection is dropped when I·d² is below this share of its maximum; d² is the Lorentz factor up to a bounded term
+WEAKEST = 1e-4  # a reflection is dropped when I·d² is below this share of its maximum; d² is the Lorentz factor but for 1 / cos θ, at most 1.4
 EQUAL = 3e-6  # reflections whose neighbours are closer than this share of d are one; a group is at most four times as wide
 _BOX_BUDGET = 2**19  # numbers in the arrays of boxes that are done together, a size that stays in the cache
 _LARGEST_BOX = 2**25  # (h, k, l) of one crystal, which take some 2 GB
@@ -305,7 +305,8 @@ def two_theta_of(
     d: Tensor,  # d-spacing, Å
     wavelength: float = CU_KA,  # Å
 ) -> Tensor:  # degrees; NaN beyond the limiting sphere
-    "Diffraction angle 2θ by Bragg's law."
+    "Diffraction angle 2θ by Bragg's law. Raises `ValueError` for a wavelength that is none."
+    _need_wavelength(wavelength)
     return 2 * torch.rad2deg(torch.arcsin(wavelength / (2 * d)))
 
 
@@ -313,7 +314,9 @@ def ln_q_of(
     two_theta: float,  # degrees
     wavelength: float = CU_KA,  # Å
 ) -> float:  # q = 4π sin θ / λ in Å⁻¹
-    "ln q at a diffraction angle."
+    "ln q at a diffraction angle. Raises `ValueError` for an angle or a wavelength that is none."
+    _need_wavelength(wavelength)
+    if not 0 < two_theta <= 180: raise ValueError(f"2θ={two_theta} must be within 0 to 180°")
     return math.log(4 * math.pi * math.sin(math.radians(two_theta / 2)) / wavelength)
 
 
@@ -322,11 +325,20 @@ def lorentz_polarisation(
     wavelength: float = CU_KA,  # Å
     monochromator: float = 0.0,  # 2θ of the monochromator, degrees; 0: none
 ) -> Tensor:  # 0 beyond the limiting sphere
-    "Lorentz-polarisation factor of powder diffraction in Bragg-Brentano geometry."
+    "Lorentz-polarisation factor of powder diffraction in Bragg-Brentano geometry. Raises `ValueError` for a wavelength that is none."
+    _need_wavelength(wavelength)
     sin2 = (wavelength / (2 * d)) ** 2
-    cos_2theta = 1 - 2 * sin2
-    lp = (1 + (math.cos(math.radians(monochromator)) * cos_2theta) ** 2) / (sin2 * (1 - sin2).clamp(min=1e-12).sqrt())
-    return torch.where(sin2 < 1, lp, 0.0)
+    return torch.where(sin2 < 1, _lp(sin2, math.cos(math.radians(monochromator)) ** 2), 0.0)
+
+
+def _lp(sin2: Tensor, polarised: Tensor | float) -> Tensor:
+    "Lorentz-polarisation factor of sin² θ and the cos² of a monochromator's 2θ."
+    return (1 + polarised * (1 - 2 * sin2) ** 2) / (sin2 * (1 - sin2).clamp(min=1e-6).sqrt())
+
+
+def _need_wavelength(wavelength: float | Tensor) -> None:
+    if not (isinstance(wavelength, Tensor) or (isinstance(wavelength, Real) and 0 < wavelength < math.inf)):
+        raise ValueError(f"wavelength={wavelength} must be a positive number of Å")
 
 # %% ../nbs/01_diffraction.ipynb #c7bc4bc1
 def upload(x: Tensor, device: torch.device) -> Tensor:
@@ -416,7 +428,8 @@ def window_pattern(
 ) -> Tensor:  # (n, N_WINDOWS, points)
     "√-intensity pattern in windows of equal ln q, strongest point 1. Raises `ValueError` for a width or a number of points that cannot be."
     _need_batch(r)
-    if not (points >= 1 and 0 < fwhm < math.inf): raise ValueError(f"points={points} must be at least 1 and fwhm={fwhm} a positive width in ln q")
+    if not (isinstance(points, Integral) and points >= 1 and 0 < fwhm < math.inf):
+        raise ValueError(f"points={points} must be a whole number from 1, and fwhm={fwhm} a positive width in ln q")
     step = WINDOW / points
     y = draw(math.log(2 * math.pi) - r.ln_d, r.intensity * lorentz_polarisation(r.ln_d.exp()), r.row, r.n,
              LN_Q[0] + step / 2, step, N_WINDOWS * points, fwhm)
@@ -441,12 +454,13 @@ def peaks(
     weakest: float = WEAKEST_PEAK,  # share of the strongest peak
     measurement: "str | Measurement | None" = None,  # places, intensities and range (see below); widths and noise are the two above
     generator: torch.Generator | None = None,  # on the CPU; where the measurement draws random numbers
-    limits: Tensor | None = None,  # (n, 2) ln q where the measurement begins and ends; None: the model's range
+    limits: Tensor | None = None,  # (n, 2) ln q where the measurement begins and ends; None: the measurement's, or the model's range
 ) -> Peaks:
     "The peaks of lowest angle of each material within the model's range. Raises `ValueError` for settings that cannot be."
     _need_batch(r)
     if not (isinstance(n_peaks, Integral) and n_peaks >= 1 and 0 < resolution < 180 and 0 <= weakest <= 1):
         raise ValueError(f"n_peaks={n_peaks} must be a whole number from 1, resolution={resolution} in degrees, and weakest={weakest} from 0 to 1")
+    if limits is not None and measurement is not None: raise ValueError("a measurement has limits of its own; give one of the two")
     device, n = r.ln_d.device, r.n
     if limits is None: limits = torch.stack([torch.full((n,), end, device=device) for end in LN_Q], 1)
     if measurement is not None: r, limits = _measure(r, measurement, generator)
@@ -461,7 +475,7 @@ def peaks(
     row = torch.full_like(r.row, n).scatter_(0, group, r.row)  # row n collects the unused groups
     strongest = torch.zeros(n + 1, device=device).scatter_reduce_(0, row, area, "amax")
     intensity = area / strongest[row].clamp(min=1e-30)
-    keep = (intensity >= weakest) & (row < n)
+    keep = (intensity >= weakest) & (area > 0) & (row < n)
     rank = keep.long().cumsum(0) - 1
     before = torch.zeros(n + 1, dtype=torch.long, device=device).index_add_(0, row, keep.long())
     rank -= (before.cumsum(0) - before)[row]
@@ -553,14 +567,14 @@ class Measurement(NamedTuple):
     caglioti_v: Range = 0.0  # degrees²; a negative width² counts as the narrowest that can be drawn
     caglioti_w: Range = 0.01  # degrees²
     crystallite_size: Range = math.inf  # nm; drawn evenly in its logarithm
-    microstrain: Range = 0.0  # Δd/d
+    microstrain: Range = 0.0  # Δd/d, half the full width of its distribution
     zero_shift: Range = 0.0  # degrees 2θ
     displacement: Range = 0.0  # of the sample below the axis, mm at a radius of 200 mm
     strain: Range = 0.0  # of the lattice, Δd/d
     texture: Range = 0.0  # standard deviation of the ln of each intensity
-    second_phase: Range = 0.0  # strongest |F|² of the next material in the batch, as a share of the first's; strained and placed like it
-    background: Range = 0.0  # highest point of a smooth background, as a share of the strongest peak
-    hump: Range = 0.0  # height of an amorphous hump between d = 3 and 5 Å, as a share of the strongest peak
+    second_phase: Range = 0.0  # strongest line (|F|² × multiplicity) of the next material in the batch, as a share of the first's; strained like it
+    background: Range = 0.0  # highest point of a smooth background, as a share of the strongest point of all peaks on the grid
+    hump: Range = 0.0  # height of an amorphous hump between d = 3 and 5 Å, likewise
     counts: Range = math.inf  # at the strongest point of the peaks, before the background; drawn evenly in its logarithm
     two_theta_min: Range = 0.0  # degrees, where the measurement begins
     two_theta_max: Range = 180.0  # degrees, where it ends
@@ -571,6 +585,7 @@ class Measurement(NamedTuple):
 
 
 _POSITIVE = ("wavelength", "crystallite_size", "counts", "caglioti_w")
+_SIGNED = ("caglioti_v", "zero_shift", "displacement", "strain")
 _LOGARITHMIC = ("crystallite_size", "counts")
 RADIUS = 200.0  # mm, of the goniometer
 
@@ -609,17 +624,18 @@ def draw_measurement(
         if not (isinstance(low, Real) and isinstance(high, Real) and low <= high):
             raise ValueError(f"{name}={value} must be a number or a range (low, high)")
         if name in _POSITIVE and not low > 0: raise ValueError(f"{name}={value} must be positive")
-        if name not in (*_POSITIVE, "caglioti_v", "zero_shift", "displacement", "strain") and low < 0:
-            raise ValueError(f"{name}={value} must not be negative")
+        if name not in _SIGNED and low < 0: raise ValueError(f"{name}={value} must not be negative")
         if math.isinf(high) and not (name in _LOGARITHMIC and low == high): raise ValueError(f"{name}={value} must be finite")
         if name == "strain" and low <= -0.5: raise ValueError(f"strain={value} must be above -0.5")
+        if name == "texture" and high > 10: raise ValueError(f"texture={value} must be at most 10")
+        if name == "two_theta_min": begin = high
+        if name == "two_theta_max" and low <= begin: raise ValueError(f"two_theta_max={value} must be above all of two_theta_min, {begin:g}")
         if low == high:
             settled[name] = torch.full((n,), float(low))
             continue
         if generator is None: raise ValueError(f"{name}={value} is drawn for each pattern; give a generator")
         u = torch.rand(n, generator=generator)
         settled[name] = (math.log(low) + u * math.log(high / low)).exp() if name in _LOGARITHMIC else low + u * (high - low)
-    if (settled["two_theta_min"] >= settled["two_theta_max"]).any(): raise ValueError("two_theta_min must be below two_theta_max")
     return Measurement(**settled)
 
 
@@ -656,13 +672,26 @@ def _observed(r: Reflections, m: Measurement, texture: Tensor | None, mixed: boo
     if texture is not None: intensity = intensity * (m.texture[row] * texture).exp()
     if mixed:
         first = (row - 1) % r.n  # a material is the second phase of the one before it
+        strongest = torch.zeros(r.n, device=row.device).scatter_reduce_(0, row, r.intensity, "amax").clamp(min=1e-30)
         ln_d, row = torch.cat([ln_d, ln_d]), torch.cat([row, first])
-        intensity = torch.cat([intensity, intensity * m.second_phase[first]])
+        intensity = torch.cat([intensity, intensity * (m.second_phase * strongest / strongest.roll(-1))[first]])
     sin = m.wavelength[row] / (2 * ln_d.double().exp() * (1 + m.strain[row]))  # double: places agree on all devices
-    theta = sin.clamp(max=1).asin() + torch.deg2rad(m.zero_shift[row] / 2) - m.displacement[row] / RADIUS * (1 - sin**2).clamp(min=0).sqrt()
+    theta = _shifted(sin.clamp(max=1), m.zero_shift[row], m.displacement[row])
     seen = (sin < 1) & (theta > 0) & (theta < math.pi / 2)
-    ln_d = torch.where(seen, ((m.wavelength[row] / 2) / theta.sin().clamp(min=1e-9)).log().to(ln_d.dtype), ln_d)
-    return Reflections(ln_d, intensity * seen, row, r.n)
+    there = theta.sin().clamp(min=1e-6)
+    ln_d = torch.where(seen, (m.wavelength[row] / 2 / there).log().to(ln_d.dtype), ln_d)
+    polarised = torch.deg2rad(m.monochromator).cos()[row] ** 2
+    weight = _lp(sin.float() ** 2, polarised) / _lp(there.float() ** 2, polarised)  # a shift moves a line, and changes no intensity
+    return Reflections(ln_d, torch.where(seen, intensity * weight, 0.0), row, r.n)
+
+
+def _shifted(
+    sin: Tensor,  # of θ
+    zero_shift: Tensor,  # degrees 2θ
+    displacement: Tensor,  # mm
+) -> Tensor:
+    "The angle θ in radians at which a line is seen."
+    return sin.asin() + torch.deg2rad(zero_shift / 2) - displacement / RADIUS * (1 - sin**2).sqrt()
 
 
 def _measure(r: Reflections, measurement: str | Measurement, generator: torch.Generator | None) -> tuple[Reflections, Tensor]:
@@ -734,7 +763,8 @@ def render(
         raise ValueError("a material has no reflections to draw")
     if device.type == "cpu": _keep_memory()
     m = draw_measurement(measurement, r.n, generator)
-    ends = torch.minimum(m.two_theta_max, torch.rad2deg(2 * (m.wavelength / (2 * d_min)).clamp(max=1).asin()))
+    last = torch.rad2deg(2 * _shifted((m.wavelength / (2 * d_min * (1 + m.strain))).clamp(max=1), m.zero_shift, m.displacement))
+    ends = torch.minimum(m.two_theta_max, last)
     angle = low + (high - low) / (n_points - 1) * torch.arange(n_points)
     whole = bool((m.two_theta_min <= angle[0]).all() and (ends >= angle[-1]).all())  # known before the device must be waited for
     mixed, doublet, lifted, noisy = _mixed(r, m), *(bool(t.any()) for t in (m.kalpha2, m.background + m.hump, m.counts.isfinite()))
@@ -792,21 +822,19 @@ def _drawn(
 def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: float, n_points: int) -> Tensor:
     "Intensity per degree (n, n_points), by a bent axis on which all peaks have width 1. Places are double, or they differ between devices."
     n, device, row, intensity = r.n, r.ln_d.device, r.row, r.intensity
-    used = 6144 * math.ceil(n_points / 4096)  # cells of the axis
+    used = 1536 * math.ceil(4 * n_points / 4096 * (1 + 2 * _MARGIN / (high - low)) / 1.12)  # cells of the axis
     canvas_size = used * 4 // 3  # the rest keeps tails that leave at one end from coming in at the other
     sin = m.wavelength[row] / (2 * r.ln_d.double().exp())
     if doublet:
         sin = torch.cat([sin, sin * (1 + m.kalpha2_shift[row])])
         intensity, row = torch.cat([intensity, intensity * m.kalpha2[row]]), torch.cat([row, row])
-    sin2 = sin.float() ** 2
-    polarised = torch.deg2rad(m.monochromator).cos()[row] ** 2
-    intensity = intensity * (1 + polarised * (1 - 2 * sin2) ** 2) / (sin2 * (1 - sin2).clamp(min=1e-6).sqrt())
+    intensity = intensity * _lp(sin.float() ** 2, torch.deg2rad(m.monochromator).cos()[row] ** 2)
 
     step = (high - low) / (n_points - 1)
     intervals, h = _intervals(n_points, step)
     margin = math.ceil(_MARGIN / h)  # nodes
     nodes = low + h * torch.arange(-margin, intervals + 1 + margin, dtype=torch.float64, device=device)
-    fwhm, eta = peak_shape(nodes.clamp(0, 170).expand(n, -1), m, NARROWEST * step)
+    fwhm, eta = peak_shape(nodes.clamp(0, 179).expand(n, -1), m, NARROWEST * step)
     density = 1 / fwhm
     u = torch.cat([nodes.new_zeros(n, 1), ((density[:, 1:] + density[:, :-1]) * (h / 2)).cumsum(1)], 1)
     cells = used / u[:, -1:]  # a width
@@ -882,7 +910,7 @@ def _background(low: float, high: float, n_points: int, m: Measurement, weight: 
     basis = torch.stack([torch.exp(-3 * (1 + x)), torch.ones_like(x), x, 2 * x**2 - 1, 4 * x**3 - 3 * x])
     y = torch.cat([weight[:, :1].abs(), weight[:, 1:] / 3], 1) @ basis
     y = y - y.amin(1, keepdim=True)
-    d, fwhm = 3 + 2 * place[0], 5 + 7 * place[1]  # 3 to 5 Å, 5 to 12 degrees
+    d, fwhm = 3 + 2 * place[0], (5 + 7 * place[1]) * m.wavelength / CU_KA  # 3 to 5 Å, 5 to 12 degrees at Cu Kα
     centre = two_theta_of(d, m.wavelength).nan_to_num(180.0)
     hump = torch.exp(-4 * math.log(2) * ((angle - centre[:, None]) / fwhm[:, None]) ** 2)
     y = y * (m.background[:, None] / y.amax(1, keepdim=True).clamp(min=1e-6)) + m.hump[:, None] * hump
