@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch.utils.flop_counter import FlopCounterMode
 
 from .diffraction import CU_KA, TWO_THETA, Crystal, batch_reflections, crystal_reflections, render
@@ -93,7 +94,8 @@ def one_core() -> Iterator[None]:
     allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, {min(allowed)})
     torch.set_num_threads(1)
-    try: yield
+    try:
+        with threadpool_limits(1, "blas"): yield  # whose threads have their own affinity
     finally:
         os.sched_setaffinity(0, allowed)
         torch.set_num_threads(threads)

@@ -167,6 +167,13 @@ _EDGE = 1e-9  # a line at the very end of the range is in it, however the cell i
 _EXTINCT = 1e-10  # of |F(000)|²: rounding errors are less, what is measured is more
 
 
+@cache
+def _libraries() -> "ThreadpoolController":  # noqa: F821
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
 def crystal_reflections(
     crystals: Sequence[Crystal],
     d_min: float = D_MIN,  # Å
@@ -197,7 +204,8 @@ def crystal_reflections(
         members = members[(-n_elements[members]).argsort(kind="stable")]
         together = max(1, _BOX_BUDGET // int(3 * (box[0] + 1) * (2 * box[1:] + 1).prod()))
         for some in np.split(members, range(together, len(members), together)):
-            row, g, intensity = _box_reflections(top[some].max(0), [crystals[j] for j in some], axes[some], metric[some], g2_range, b_iso)
+            with _libraries().limit(limits=1, user_api="blas"):  # small products: slower, and other in their last bits, on several threads
+                row, g, intensity = _box_reflections(top[some].max(0), [crystals[j] for j in some], axes[some], metric[some], g2_range, b_iso)
             row, d, intensity = _merge(row, g, intensity, 0.5 * d_min, weakest, extinct[some])
             ends = row.searchsorted(np.arange(len(some) + 1)).tolist()
             for j, (begin, end) in zip(some, pairwise(ends), strict=True): done[j] = d[begin:end], intensity[begin:end]

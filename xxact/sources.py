@@ -44,7 +44,6 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import polars as pl
-from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from . import __version__
@@ -713,7 +712,6 @@ def attempt(
         return make_reject(record["material_id"], record["source"], error)
 
 
-@threadpool_limits.wrap(limits=1, user_api="blas")  # the last bits of sums depend on the number of threads
 def prepare_chunk(
     entries: list[dict[str, Any]],  # entries of `open_source`
     d_min: float,  # Å
