@@ -117,7 +117,7 @@ def _box_reflections(
     key = key[order]
     x = np.concatenate([c.frac_coords for c in crystals])[order[:, None], axes[key // 128]]
     occupancy = np.concatenate([c.occupancies for c in crystals]).astype(np.float32)[order]
-    first = np.flatnonzero(np.diff(key, prepend=-1))  # atom of each element of each crystal
+    first = np.flatnonzero(np.diff(key, prepend=-1) > 0)  # atom of each element of each crystal
     elements, counts = key[first], np.diff(first, append=len(key))
     sizes = np.ceil(np.log2(counts)).astype(int)  # log₂ of what they are padded to
     by_size = sizes.argsort(kind="stable")
@@ -199,16 +199,16 @@ def crystal_reflections(
     extinct = _EXTINCT * np.bincount(elements // 128, elements % 128 * np.concatenate([c.occupancies for c in crystals])) ** 2
     g2_range = (1 - _EDGE) / d_max**2, (1 + _EDGE) / d_min**2
     done = [None] * len(crystals)
-    for i, box in enumerate(boxes):
-        members = np.flatnonzero(which.ravel() == i)
-        members = members[(-n_elements[members]).argsort(kind="stable")]
-        together = max(1, _BOX_BUDGET // int(3 * (box[0] + 1) * (2 * box[1:] + 1).prod()))
-        for some in np.split(members, range(together, len(members), together)):
-            with _libraries().limit(limits=1, user_api="blas"):  # small products: slower, and other in their last bits, on several threads
+    with _libraries().limit(limits=1, user_api="blas"):  # small products: slower, and other in their last bits, on several threads
+        for i, box in enumerate(boxes):
+            members = np.flatnonzero(which.ravel() == i)
+            members = members[(-n_elements[members]).argsort(kind="stable")]
+            together = max(1, _BOX_BUDGET // int(3 * (box[0] + 1) * (2 * box[1:] + 1).prod()))
+            for some in np.split(members, range(together, len(members), together)):
                 row, g, intensity = _box_reflections(top[some].max(0), [crystals[j] for j in some], axes[some], metric[some], g2_range, b_iso)
-            row, d, intensity = _merge(row, g, intensity, 0.5 * d_min, weakest, extinct[some])
-            ends = row.searchsorted(np.arange(len(some) + 1)).tolist()
-            for j, (begin, end) in zip(some, pairwise(ends), strict=True): done[j] = d[begin:end], intensity[begin:end]
+                row, d, intensity = _merge(row, g, intensity, 0.5 * d_min, weakest, extinct[some])
+                ends = row.searchsorted(np.arange(len(some) + 1)).tolist()
+                for j, (begin, end) in zip(some, pairwise(ends), strict=True): done[j] = d[begin:end], intensity[begin:end]
     _refuse(np.array([len(d) == 0 for d, _ in done]), f"no reflection between d = {d_min:g} and {d_max:g} Å; a smaller d_min is needed")
     return done
 
@@ -243,7 +243,7 @@ def _merge(
 
 def _strongest(intensity: np.ndarray, row: np.ndarray) -> np.ndarray:
     "The maximum of its crystal, for each line."
-    begin = np.flatnonzero(np.diff(row, prepend=-1))
+    begin = np.flatnonzero(np.diff(row, prepend=-1) > 0)
     return np.maximum.reduceat(intensity, begin).repeat(np.diff(begin, append=len(row)))
 
 
