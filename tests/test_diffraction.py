@@ -449,6 +449,22 @@ def test_compiled_patterns_are_as_the_others(kind, device):
     compiled_as_drawn(device, kind, transform="log")
 
 
+@pytest.mark.parametrize("angle", [19.58, 19.6, 19.62])
+def test_a_line_keeps_its_place_between_the_points_of_the_grid(angle):
+    x = torch.linspace(15, 25, 20_001)
+    seen = to_grid(x, torch.exp(-(((x - angle) / 0.003) ** 2))).pattern.flatten() ** 2
+    place = float((seen * torch.arange(len(seen))).sum() / seen.sum())
+    assert abs(place - ((ln_q_of(angle) - LN_Q[0]) / (LN_Q[1] - LN_Q[0]) * len(seen) - 0.5)) < 0.05
+
+
+@pytest.mark.parametrize("two_theta", [(30, 35), (31.8, 32.2), (60, 80)])
+def test_broad_lines_leave_their_tails_in_narrow_grids(two_theta):
+    r, m = batch_reflections([reflections(*random_crystal(7))]), Measurement(crystallite_size=5.0)
+    x, y, *_ = render(r, m, two_theta, 1000, scaled=False)
+    top = written_out(r, m, torch.linspace(*TWO_THETA, 2000), 0.04).max()
+    assert (y[0] - written_out(r, m, x, float(x[1] - x[0]))).abs().max() < 0.01 * top
+
+
 @given(st.integers(0, 10**6), st.floats(0.5, 1.8), st.integers(5000, 9000))
 @settings(max_examples=20, deadline=None)
 def test_round_trip_to_the_grid(seed, wavelength, n_points):
@@ -537,6 +553,8 @@ def test_ranges_that_overlap_are_told_whatever_is_drawn(seed):
     (lambda r: batch_reflections([([[3.0, 2.0]], [[1.0, 0.5]])]), r"material 0: a pair \(d_spacing, intensity\)"),
     (lambda r: structure_reflections("NaCl.cif"), "Structure is needed"),
     (lambda r: peaks(r, measurement="ideal", limits=torch.tensor([[0.5, 1.0]])), "give one of the two"),
+    (lambda r: peaks(r, limits=torch.tensor([5.0, 90.0])), r"it must be \(1, 2\)"),
+    (lambda r: render(r, n_points=10**10), "2 to 10⁶"),
     (lambda r: window_pattern(r, points=2.5), "points=2.5 must be a whole number"),
     (lambda r: two_theta_of(torch.tensor([2.0]), 0.0), "wavelength=0.0 must be a positive number"),
     (lambda r: lorentz_polarisation(torch.tensor([2.0]), -1.54), "wavelength=-1.54 must be"),

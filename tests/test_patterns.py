@@ -461,7 +461,7 @@ def test_kalpha2_is_taken_out_as_it_was_put_in(seed, shift, ratio, low):
     places, heights = rng.uniform(low + 1, low + 60, (20, 1)), rng.exponential(size=(20, 1))
     single = lambda at: (heights * np.exp(-(((at - places) / 0.1) ** 2))).sum(0)
     both = single(x) + ratio * single(np.degrees(2 * np.arcsin(np.sin(np.radians(x / 2)) / (1 + shift))))
-    np.testing.assert_allclose(without_kalpha2(x, both, shift, ratio), single(x), atol=0.01 * single(x).max())
+    np.testing.assert_allclose(without_kalpha2(x, both, shift, ratio), single(x), atol=0.02 * single(x).max())
 
 
 def test_kalpha2_is_weaker_than_kalpha1():
@@ -718,6 +718,42 @@ def test_kalpha2_is_not_taken_out_of_what_has_none():
     for y in (lines, lines + second):
         at, area = find_peaks(as_pattern(x, y + 50, "CuKa"))
         np.testing.assert_allclose(at[area > 0.05 * area.max()], [40, 66, 75.3, 84.1], atol=0.02)
+
+
+def test_the_second_half_of_a_line_has_none_of_its_own():
+    x = np.arange(20, 140, 0.02)  # with chromium the halves lie so far apart that the last is a line by itself
+    angle = lambda d, shift: np.degrees(2 * np.arcsin(WAVELENGTHS["CrKa"] / (1 + 1.7e-3 / 3) * (1 + shift) / 2 / d))
+    peak = lambda at: np.exp(-4 * np.log(2) * ((x - at) / 0.3) ** 2)
+    silicon = 5.431 / np.sqrt([3, 8, 11, 16, 19])
+    y = 50 + 1e4 * sum(h * (peak(angle(d, 0)) + peak(angle(d, 1.7e-3)) / 2) for d, h in zip(silicon, (1, 0.9, 0.6, 0.2, 0.5)))
+    found = to_reflections(as_pattern(x, y, "CrKa"))
+    np.testing.assert_allclose(found.d_spacing[found.intensity > 0.02], silicon, rtol=2e-4)
+
+
+@pytest.mark.parametrize("title", ["q (nm^-1) intensity", "# q (nm^-1)  intensity", "q [nm-1]\tI", "Q (1/nm)   Intensity (a.u.)"])
+def test_a_unit_may_stand_apart_from_its_name(title, tmp_path):
+    between = "\t" if "\t" in title else " "
+    (tmp_path / "a.dat").write_text(f"{title}\n" + "".join(f"{1 + 0.02 * i:.2f}{between}{i % 7}\n" for i in range(2000)))
+    p = read_pattern(tmp_path / "a.dat", wavelength=0.18)
+    assert abs(p.two_theta[-1] - np.degrees(2 * np.arcsin(4.098 * 0.18 / (4 * np.pi)))) < 1e-6
+
+
+def test_points_below_zero_are_left_out_with_a_word():
+    x = np.arange(-15, 70, 0.02)
+    with pytest.warns(UserWarning, match="751 points below 2θ = 0 are left out"): p = as_pattern(x.round(2), np.ones(len(x)), "CuKa")
+    assert len(p.two_theta) == len(x) - 751
+
+
+def test_infinite_numbers_are_points_that_are_not_known(tmp_path):
+    (tmp_path / "a.xy").write_text("".join(f"{10 + 0.02 * i:.2f} {'inf' if i < 10 else i % 7}\n" for i in range(3000)))
+    with pytest.warns(UserWarning, match="10 of 3000"): read_pattern(tmp_path / "a.xy", "CuKa")
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda p: to_reflections("scan.xy"), "a Pattern is needed, as `read_pattern` returns it, not a str"),
+    (lambda p: to_reflections(p, strip_kalpha2="keep"), "strip_kalpha2='keep' must be None, True or False")])
+def test_what_is_no_pattern_or_setting(call, message):
+    with pytest.raises(ValueError, match=message): call(as_pattern(X, Y, "CuKa"))
 
 
 def test_a_word_in_a_comment_is_a_hint_that_an_argument_overrules(tmp_path):

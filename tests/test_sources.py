@@ -91,6 +91,7 @@ def test_close_pairs_agrees_with_brute_force(seed, n, radius):
         ({"occupancies": np.array([1.0])}, "lengths differ"),
         ({"lattice": np.zeros((3, 3))}, "singular lattice"),
         ({"lattice": np.array([[4.0, 0, 0], [0, 4, 0], [4, 4, 0]])}, "singular lattice"),
+        ({"lattice": np.eye(3) * 1.4}, "absurd density: 1.37 Å3 an atom"),
         ({"lattice": CUBE * math.nan}, "not finite"),
         ({"frac_coords": np.array([[0, 0, 0], [0.5, 0.5, math.nan]])}, "not finite"),
         ({"frac_coords": np.array([[0, 0, 0], [0.99, 0.0, 0.05]])}, "overlapping sites"),
@@ -522,3 +523,17 @@ def test_alexandria_space_groups_and_units():
         assert item["space_group"] == data["spg"]
         assert (row["material_id"], row["space_group"], row["n_sites"]) == (data["mat_id"], data["spg"], data["nsites"])
         assert row["dos_at_fermi"] == pytest.approx(data["dos_ef"] / data["nsites"])
+
+
+@pytest.mark.parametrize("group, cell, x, reason", [
+    ("F d -3 m", (5.431, 5.431, 5.431, 90), 0.125, "space group F d -3 m has two origins, and no symmetry operations say which"),
+    ("R -3 m", (4.746, 4.746, 4.746, 57.23), 0.234, "the cell contradicts its symmetry operations, or the space group's usual setting"),
+    ("F m -3 m", (5.15, 5.21, 5.31, 90), 0.0, "the cell contradicts its symmetry operations"),
+    ("F m -3 m", (5.15, 5.15, 5.15, 90), 0.0, None)])
+def test_a_cif_whose_setting_cannot_be_known_is_refused(group, cell, x, reason):
+    *edges, angle = cell
+    lines = [f"_cell_length_{k} {v}" for k, v in zip("abc", edges)] + [f"_cell_angle_{k} {angle}" for k in ("alpha", "beta", "gamma")]
+    sites = "loop_\n_atom_site_label\n_atom_site_type_symbol\n_atom_site_fract_x\n_atom_site_fract_y\n_atom_site_fract_z\nBi1 Bi"
+    cif = "\n".join(["data_x", *lines, f"_symmetry_space_group_name_H-M '{group}'", f"{sites} {x} {x} {x}"])
+    if reason is None: assert len(S.parse_cif(cif)[2]) == 4; return
+    with pytest.raises(ValueError, match=reason): S.parse_cif(cif)

@@ -68,6 +68,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'xxact.diffraction._keep_memory': ('diffraction.html#_keep_memory', 'xxact/diffraction.py'),
                                    'xxact.diffraction._libraries': ('diffraction.html#_libraries', 'xxact/diffraction.py'),
                                    'xxact.diffraction._lp': ('diffraction.html#_lp', 'xxact/diffraction.py'),
+                                   'xxact.diffraction._margin': ('diffraction.html#_margin', 'xxact/diffraction.py'),
                                    'xxact.diffraction._measure': ('diffraction.html#_measure', 'xxact/diffraction.py'),
                                    'xxact.diffraction._merge': ('diffraction.html#_merge', 'xxact/diffraction.py'),
                                    'xxact.diffraction._mixed': ('diffraction.html#_mixed', 'xxact/diffraction.py'),

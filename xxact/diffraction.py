@@ -469,6 +469,7 @@ def peaks(
     if not (isinstance(n_peaks, Integral) and n_peaks >= 1 and 0 < resolution < 180 and 0 <= weakest <= 1):
         raise ValueError(f"n_peaks={n_peaks} must be a whole number from 1, resolution={resolution} in degrees, and weakest={weakest} from 0 to 1")
     if limits is not None and measurement is not None: raise ValueError("a measurement has limits of its own; give one of the two")
+    if limits is not None and limits.shape != (r.n, 2): raise ValueError(f"the limits have the shape {tuple(limits.shape)}; it must be ({r.n}, 2)")
     device, n = r.ln_d.device, r.n
     if limits is None: limits = torch.stack([torch.full((n,), end, device=device) for end in LN_Q], 1)
     if measurement is not None: r, limits = _measure(r, measurement, generator)
@@ -715,7 +716,7 @@ def _random(kind: Callable[..., Tensor], shape: int | tuple[int, int], generator
     return kind(shape, generator=_on(generator, device), device=device)
 
 # %% ../nbs/01_diffraction.ipynb #653a8a50
-_NODES, _MARGIN = 256, 5.0  # of the bent axis: about so many nodes within the grid; degrees beyond each end within which peaks are drawn
+_NODES = 256  # of the bent axis: about so many within the grid
 NARROWEST = 2.5  # steps of the grid; a narrower peak is drawn this wide
 _TRANSFORMS = dict(none=lambda y: y, sqrt=torch.sqrt, log=lambda y: torch.log1p(1e3 * y) / math.log1p(1e3))
 
@@ -763,7 +764,7 @@ def render(
     try: low, high = map(float, two_theta)
     except (TypeError, ValueError): raise ValueError(f"two_theta={two_theta!r} must be two angles, such as {TWO_THETA}") from None
     if not (0 <= low < high < 180 and high - low >= 0.1): raise ValueError(f"2θ must rise within 0 to 180°, by at least 0.1°, not {two_theta}")
-    if not (isinstance(n_points, Integral) and n_points >= 2): raise ValueError(f"n_points={n_points} must be a whole number, at least 2")
+    if not (isinstance(n_points, Integral) and 2 <= n_points <= 10**6): raise ValueError(f"n_points={n_points} must be a whole number, 2 to 10⁶")
     if not (isinstance(d_min, Real) and d_min > 0): raise ValueError(f"d_min={d_min} Å must be a positive number")
     if transform not in _TRANSFORMS: raise ValueError(f"transform={transform!r} does not exist; choose from {', '.join(_TRANSFORMS)}")
     device = r.ln_d.device
@@ -775,6 +776,7 @@ def render(
     ends = torch.minimum(m.two_theta_max, last)
     angle = low + (high - low) / (n_points - 1) * torch.arange(n_points)
     whole = bool((m.two_theta_min <= angle[0]).all() and (ends >= angle[-1]).all())  # known before the device must be waited for
+    margin = _margin(m, high)
     mixed, doublet, lifted, noisy = _mixed(r, m), *(bool(t.any()) for t in (m.kalpha2, m.background + m.hump, m.counts.isfinite()))
     random = lambda kind, shape, what: _random(kind, shape, generator, what, device)
     texture = _texture(r, m, generator)
@@ -783,7 +785,7 @@ def render(
     m, ends, angle, compute = m.to(device), upload(ends, device), upload(angle, device), _compiled() if compile else _drawn
     if compile:
         for t in (*r[:3], *([] if texture is None else [texture])): torch._dynamo.maybe_mark_dynamic(t, 0)
-    settings = mixed, doublet, (low, high), scaled, whole, transform
+    settings = mixed, doublet, (low, high), margin, scaled, whole, transform
     return Patterns(angle, *compute(r, m, ends, angle, texture, background, noise, *settings), m)
 
 
@@ -810,13 +812,14 @@ def _drawn(
     mixed: bool,
     doublet: bool,
     two_theta: tuple[float, float],
+    margin: float,  # degrees
     scaled: bool,
     whole: bool,
     transform: str,
 ) -> tuple[Tensor, Tensor]:  # intensity and measured, each (n, n_points)
     "The arithmetic of `render`: no random number is drawn and no value decides what is done, so that it can be compiled."
     n_points = len(angle)
-    y = _patterns(_observed(r, m, texture, mixed), m, doublet, *two_theta, n_points)
+    y = _patterns(_observed(r, m, texture, mixed), m, doublet, *two_theta, margin, n_points)
     measured = torch.ones_like(y, dtype=torch.bool) if whole else (angle >= m.two_theta_min[:, None]) & (angle <= ends[:, None])
     if not scaled: return y * measured, measured
     y = y / y.amax(1, keepdim=True).clamp(min=1e-12)
@@ -827,10 +830,17 @@ def _drawn(
     return _TRANSFORMS[transform](y.div_(y.amax(1, keepdim=True).clamp_(min=1e-12))), measured
 
 
-def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: float, n_points: int) -> Tensor:
+def _margin(m: Measurement, high: float) -> float:
+    "Degrees beyond each end of a grid within which peaks are drawn: 5, or five of the widest Lorentzian and up to 40, by few different numbers."
+    theta = math.radians(min(high, 170) / 2)
+    widest = torch.rad2deg(0.09 * m.wavelength / (m.crystallite_size * math.cos(theta)) + 4 * m.microstrain * math.tan(theta)).max()
+    return 5.0 * 2 ** min(3, max(0, math.ceil(math.log2(max(float(widest), 1)))))
+
+
+def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: float, margin: float, n_points: int) -> Tensor:
     "Intensity per degree (n, n_points), by a bent axis on which all peaks have width 1. Places are double, or they differ between devices."
     n, device, row, intensity = r.n, r.ln_d.device, r.row, r.intensity
-    used = 1536 * math.ceil(4 * n_points / 4096 * (1 + 2 * _MARGIN / (high - low)) / 1.12)  # cells of the axis
+    used = 1536 * math.ceil(4 * n_points / 4096 * (1 + 2 * margin / (high - low)) / 1.12)  # cells of the axis
     canvas_size = used * 4 // 3  # the rest keeps tails that leave at one end from coming in at the other
     sin = m.wavelength[row] / (2 * r.ln_d.double().exp())
     if doublet:
@@ -840,8 +850,8 @@ def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: f
 
     step = (high - low) / (n_points - 1)
     intervals, h = _intervals(n_points, step)
-    margin = math.ceil(_MARGIN / h)  # nodes
-    nodes = low + h * torch.arange(-margin, intervals + 1 + margin, dtype=torch.float64, device=device)
+    beyond = math.ceil(margin / h)  # nodes
+    nodes = low + h * torch.arange(-beyond, intervals + 1 + beyond, dtype=torch.float64, device=device)
     fwhm, eta = peak_shape(nodes.clamp(0, 179).expand(n, -1), m, NARROWEST * step)
     density = 1 / fwhm
     u = torch.cat([nodes.new_zeros(n, 1), ((density[:, 1:] + density[:, :-1]) * (h / 2)).cumsum(1)], 1)
@@ -868,7 +878,7 @@ def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: f
     lorentz = torch.addcmul(sharpen, cells, -math.pi * frequency).exp_()
     y = torch.fft.irfft(spectrum[:, 0] * gauss + spectrum[:, 1] * lorentz, n=canvas_size)
 
-    u, slope = u[:, margin : margin + intervals + 1], density[:, margin : margin + intervals + 1]
+    u, slope = u[:, beyond : beyond + intervals + 1], density[:, beyond : beyond + intervals + 1]
     begin = u[:, :-1].floor()  # whole cells apart from the rest, which single precision holds
     nearest, weights = _spline(_rise((u[:, :-1] - begin).float(), u.diff(dim=1).float(), n_points))
     cell = (nearest + begin.float()[..., None]).long().flatten(1)
@@ -966,10 +976,13 @@ def to_grid(
     weight = torch.where(d > CU_KA / 2, weight, 0.0)
     y = torch.where(known, intensity, 0.0) * weight  # noise below 0 stays until it is smoothed
     area = torch.cat([torch.zeros(len(y), 1, device=device), ((y[:, 1:] + y[:, :-1]) / 2 * two_theta.diff()).cumsum(1)], 1)
-    edges = torch.linspace(*LN_Q, N_WINDOWS * points + 1, dtype=torch.float64, device=device)
-    i = torch.searchsorted(ln_q, edges).clamp(1, len(ln_q) - 1)
-    share = ((edges - ln_q[i - 1]) / (ln_q[i] - ln_q[i - 1])).clamp(0, 1)
+    parts = torch.linspace(*LN_Q, 8 * N_WINDOWS * points + 1, dtype=torch.float64, device=device)
+    i = torch.searchsorted(ln_q, parts).clamp(1, len(ln_q) - 1)
+    share = ((parts - ln_q[i - 1]) / (ln_q[i] - ln_q[i - 1])).clamp(0, 1)
     density = torch.lerp(area[:, i - 1], area[:, i], share).diff(dim=1)
+    hat = (1 - ((torch.arange(-8, 16, dtype=torch.float64, device=device) + 0.5) / 8 - 0.5).abs()).clamp(min=0)
+    density = torch.conv1d(density[:, None], hat[None, None], stride=8, padding=8)[:, 0]  # each eighth goes to the two nearest points, as in `draw`
+    edges, i, share = parts[::8], i[::8], share[::8]
     if fwhm:
         frequency = torch.fft.rfftfreq(2 * density.shape[1], WINDOW / points, device=device)
         density = torch.fft.irfft(torch.fft.rfft(density, n=2 * density.shape[1]) * _gaussian(frequency, fwhm), n=2 * density.shape[1])

@@ -132,6 +132,7 @@ def _from_columns(x: np.ndarray, y: np.ndarray, wavelength: float | str | None, 
     x, y = _one_scan(x, y)
     if not x[-1] < 180: raise ValueError(f"2θ up to {x[-1]:g}° cannot be; if the column is q, say unit='q' or 'q_nm'")
     n, beyond = len(x), np.searchsorted(x, 0, "right")
+    if beyond > 1: warnings.warn(f"{beyond} points below 2θ = 0 are left out", stacklevel=3)
     x, y = x[beyond:], y[beyond:]
     if (many := min(len(x), 1) + np.count_nonzero(x[1:] > x[:-1])) < max(10, 0.6 * n):
         raise ValueError(f"only {many} different angles above 0° in {n} points; are they rounded, or the columns not separated as they seem?")
@@ -142,7 +143,7 @@ def _from_columns(x: np.ndarray, y: np.ndarray, wavelength: float | str | None, 
     return Pattern(x, y, wavelength, dict(metadata or {}))
 
 # %% ../nbs/02_patterns.ipynb #f60232b9
-_NUMBER = re.compile(r"([+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan)$", re.IGNORECASE)
+_NUMBER = re.compile(r"([+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf(inity)?))$", re.IGNORECASE)
 _COLUMNS = dict(two_theta=("2theta", "twotheta", "2th", "tth", "2θ", "angle", "pos", "position", "theta"),
                 q=("q", "qvalue", "q1", "qa1", "q1a", "qinva"), q_nm=("qnm1", "q1nm", "qinvnm"), d=("d", "dspacing", "dvalue", "da"),
                 intensity=("intensity", "int", "i", "counts", "cps", "y", "yobs", "iobs", "obs", "detector"))
@@ -199,8 +200,8 @@ def _pick_columns(head: list[str], rows: list[str], separator: str | None) -> tu
     "Places of angle and intensity (and of d, where it stands beside 2θ), the angle's unit where the titles say it, and where words above hint at it."
     above = [s for s in head if s.strip()][-2:]
     n, title = len(_fields(rows[0], separator)), (above or [""])[-1]
-    bare = re.sub(r"^[#'!;/*\s]*(L\s+)?", "", title)
-    split = [*([f for f in _fields(bare, s) if f[:1] not in ("(", "[")] for s in (separator, "\t", ",", None)), re.split(r"\s{2,}", bare.strip())]
+    bare = re.sub(r"\s+(?=[(\[])", "", re.sub(r"^[#'!;/*\s]*(L\s+)?", "", title))  # a unit belongs to the name before it
+    split = [*(_fields(bare, s) for s in (separator, "\t", ",", None)), re.split(r"\s{2,}", bare.strip())]
     titles = [] if re.search("[:=]", title) else next((t for t in split if len(t) == n and not any(map(_NUMBER.match, t))), [])
     names = _named_columns(titles)
     unit = next((u for u in UNITS if u in names), None) if "intensity" in names else None
@@ -688,6 +689,8 @@ def shows_kalpha2(
     at, _ = maxima(net, height=0.05 * net.max(), distance=max(1, round(0.4 / step)))
     there = np.degrees(2 * np.arcsin((np.sin(np.radians(two_theta[at] / 2)) * (1 + shift)).clip(max=1)))
     apart = (there - two_theta[at] > 1.2 * step * peak_widths(net, at)[0]) & (there < two_theta[-1])
+    before = np.degrees(2 * np.arcsin(np.sin(np.radians(two_theta[at] / 2)) / (1 + shift)))
+    apart &= np.interp(before, two_theta, net) < 1.5 * net[at]  # or it is the second half of another
     return not apart.any() or bool(np.median(np.interp(there[apart], two_theta, net) / net[at][apart]) > 0.25)
 
 
@@ -775,6 +778,8 @@ def to_reflections(
     monochromator: float = 0.0,  # 2θ of the monochromator, degrees; 0: none
 ) -> Measured:
     "The reflections that a measured pattern shows. Raises `ValueError` where it shows none within the model's range."
+    if not isinstance(p, Pattern): raise ValueError(f"a Pattern is needed, as `read_pattern` returns it, not a {type(p).__name__}")
+    if strip_kalpha2 not in (None, True, False): raise ValueError(f"strip_kalpha2={strip_kalpha2!r} must be None, True or False")
     if not 0 <= monochromator < 180: raise ValueError(f"monochromator={monochromator:g} must be within 0 to 180°")
     first, shift = tube_lines(p, strip_kalpha2)
     wavelength = first * (1 + shift / 3) if strip_kalpha2 is False else first

@@ -339,7 +339,6 @@ class Hits(NamedTuple):
 
     row: Tensor  # (n, k) places in the index; of padding 0
     match: Tensor  # (n, k) of the peaks, 0 to 1; of padding 0
-    similarity: Tensor  # (n, k) of the embeddings, -1 to 1
     own: Tensor  # (n, k) bool: of the sample's own composition
     space_group: Tensor  # (n, k), 0 where unknown, and of padding
 
@@ -404,7 +403,7 @@ class Index(NamedTuple):
             match = match.masked_fill(~there, -1)
             match, best = (t[:, :kept] for t in match.sort(descending=True, stable=True))
             row, there = row.gather(1, best), there.gather(1, best)
-            hits = row, match, similarity.gather(1, row), mine.gather(1, row), self.space_group[row].long()
+            hits = row, match, mine.gather(1, row), self.space_group[row].long()
             found.append([torch.nn.functional.pad(t * there, (0, kept - t.shape[1])) for t in hits])
         return Hits(*map(torch.cat, zip(*found, strict=True)))
 
@@ -645,7 +644,7 @@ class Predictor:
         elements: Sequence[str] | None = None,  # only materials of just these elements
         top: int = 10,
         wavelength: float | str | None = None,
-    ) -> "pl.DataFrame":  # material_id, formula, space_group, match of the peaks, similarity of the embeddings; best first
+    ) -> "pl.DataFrame":  # material_id, formula, space_group, match of the peaks; best first
         "Known materials whose pattern is most like a measured one. Raises `ValueError` where no material passes the filter."
         import polars as pl
         if not isinstance(top, int | np.integer) or top < 1: raise ValueError(f"top={top} must be a whole number, at least 1")
@@ -671,7 +670,7 @@ class Predictor:
         hits = index.compare([one.pattern], shortlist=max(top, SHORTLIST), kept=min(top, len(index.formula)))
         found = index.take(hits.row[0])
         return pl.DataFrame(dict(material_id=found.material_id, formula=found.formula, space_group=found.space_group.tolist(),
-                                 match=hits.match[0].tolist(), similarity=hits.similarity[0].tolist()))
+                                 match=hits.match[0].tolist()))
 
 # %% ../nbs/11_predict.ipynb #7da2e9a7
 AS_MEASURED = MEASUREMENTS["lab"]._replace(strain=(-0.015, 0.015))  # a real cell is that far from one of density functional theory
