@@ -637,6 +637,7 @@ def test_what_people_export_is_read(tmp_path, text):
     ("WAVE_LENGTH = 0.71073", 0.71073, None), ("K-Alpha2 wavelength 1.54439\n# K-Alpha1 wavelength 1.54056", 1.54056, 1.54439),
     ("wavelength 1.54056 1.54439", 1.54056, 1.54439), ("Anode material,Co", 1.79026, None), ("lambda = 1.5406e-10 m", 1.5406, None),
     ("λ = 0.7093 Å", 0.7093, None), ("wavelength_range: 0.50 - 2.00", 1.54184, None), ("Radiation: Mo Ka", 0.71073, None),
+    ("Energy = 17.48 keV", 12.39842 / 17.48, None), ("energy (eV): 30000", 12.39842 / 30, None), ("Threshold energy: 8 keV", 1.54184, None),
 ])  # fmt: skip
 def test_the_header_says_the_wavelength(tmp_path, line, wavelength, kalpha2):
     path = tmp_path / "a.xy"
@@ -754,6 +755,12 @@ def test_infinite_numbers_are_points_that_are_not_known(tmp_path):
     (lambda p: to_reflections(p, strip_kalpha2="keep"), "strip_kalpha2='keep' must be None, True or False")])
 def test_what_is_no_pattern_or_setting(call, message):
     with pytest.raises(ValueError, match=message): call(as_pattern(X, Y, "CuKa"))
+
+
+def test_a_line_that_is_named_without_a_number_is_one_warning(tmp_path):
+    (tmp_path / "a.xy").write_text("# Mo Kalpha radiation\n" + rows("{:.2f} {}\n"))
+    with pytest.warns(UserWarning) as said: read_pattern(tmp_path / "a.xy")
+    assert ["Mo is named" in str(w.message) for w in said] == [True]
 
 
 def test_a_word_in_a_comment_is_a_hint_that_an_argument_overrules(tmp_path):

@@ -268,12 +268,14 @@ def _bad_number(rows: Iterator[tuple[int, str]], columns: tuple[int, ...], separ
 
 def _header_wavelength(head: list[str]) -> tuple[float | None, dict]:  # Å; anode and kalpha2, as far as they are there
     "What the lines above the data say of the radiation."
-    first, metadata = None, {}
+    first, metadata, of_energy = None, {}, None
     for line in head:
         says = lambda pattern: re.search(pattern, line, re.IGNORECASE)  # noqa: B023
         what, of = r"\b(Cu|Mo|Co|Cr|Fe|Ag)(?:\b|K)", "(?:anode|target|tube|radiation)"
         tube = says(rf"{what}\W?\w*\W?{of}\b") or says(rf"{of}(?:(?!filter)[^\n]){{0,20}}?{what}(?!\s*filter)")
         if tube: metadata["anode"] = tube[1].capitalize()
+        energy = not says("threshold|window|range|resolution|detector") and says(r"\bk?ev\b") and says(r"\benergy\b\D*(\d+(?:[.,]\d+)?)")
+        if energy and 4 <= (kev := float(energy[1].replace(",", ".")) / (1 if says(r"\bkev\b") else 1000)) <= 120: of_energy = 12.398420 / kev  # hc
         keyword = says(r"wave[\s_]*length|lambda|λ|k-?alpha")
         if not keyword: continue
         after, number = line[keyword.end() :], r"(?<![\d.])\d+[.,]\d+(?:e-?\d+)?(?!\d|\s*mm\b)"
@@ -281,11 +283,13 @@ def _header_wavelength(head: list[str]) -> tuple[float | None, dict]:  # Å; ano
         scale = 10 if re.search(r"\bnm\b(?!-)", line) else 1e10 if re.search(r"\bm\b", line) else 1
         least, most = (0.01, 10) if says("Å|angstrom") else (0.1, 3)
         values = [v for v in (scale * float(v.replace(",", ".")) for v in re.findall(number, after, re.IGNORECASE)) if least <= v <= most]
-        if not values: warnings.warn(f"the wavelength is not understood: {line.strip()[:60]!r}", stacklevel=4)
+        if not values:
+            if not tube: warnings.warn(f"the wavelength is not understood: {line.strip()[:60]!r}", stacklevel=4)
         elif says(r"alpha-?\s?2") and not says(r"alpha-?\s?1"): metadata["kalpha2"] = values[0]
         elif first is None:
             first = values[0]
             if len(values) > 1 and first < values[1] < 1.02 * first: metadata["kalpha2"] = values[1]
+    first = first or of_energy
     if "kalpha2" in metadata and not (first and first < metadata["kalpha2"] < 1.02 * first): del metadata["kalpha2"]
     return first, metadata
 

@@ -1146,17 +1146,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = commands.add_parser("data", help="look at a material table").add_subparsers(dest="what", required=True, metavar="WHAT")
     p = p.add_parser("card", help="counts, nulls, ranges, polymorph floor, near-duplicates")
     p.add_argument("table", metavar="TABLE")
+    real = "real ones where XXACT_REAL_DATA is set, else prototypes"
     bench = commands.add_parser("bench", help="measure speed against a reference").add_subparsers(dest="what", required=True, metavar="WHAT")
     p = bench.add_parser("diffraction", help="reflections against pymatgen, and patterns a second")
-    p.add_argument("--dataset", default="", metavar="SOURCE", help="structures (default: real ones where XXACT_REAL_DATA is set, else prototypes)")
+    p.add_argument("--dataset", default="", metavar="SOURCE", help=f"structures (default: {real})")
     p.add_argument("--structures", type=int, default=1000, help="how many (default: 1000)")
     p.add_argument("--device", default="cpu", help="where patterns are drawn: cpu, cuda or auto (default: cpu)")
     p.add_argument("--compile", default="off", help="on or off: draw them by compiled code too (default: off)")
     p = bench.add_parser("prepare", help="from an Alexandria file to a table, against pymatgen")
-    p.add_argument("--dataset", default="", metavar="SOURCE", help="structures of the entries (default: as above, of source wbm)")
+    p.add_argument("--dataset", default="", metavar="SOURCE", help=f"structures of the entries (default: {real}; of source wbm)")
     p.add_argument("--entries", type=int, default=20_000, dest="n", help="how many (default: 20000)")
     p = bench.add_parser("train", help="the trainer, against the bare network")
-    p.add_argument("--dataset", default="", metavar="SOURCE", help="anything that can be prepared, or the file of a MaterialSet (default: as above)")
+    p.add_argument("--dataset", default="", metavar="SOURCE", help=f"anything that can be prepared, or the file of a MaterialSet (default: {real})")
     p.add_argument("--task", default="pretrain", help="pretrain or finetune (default: pretrain)")
     p.add_argument("--size", default="base", help="nano, small, base or large (default: base)")
     p.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
@@ -1166,12 +1167,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--precision", default="auto", help="fp32, bf16 or auto (default: auto, bf16 on a GPU)")
     p.add_argument("--compile", default="auto", help="on, off or auto (default: auto, on a GPU)")
     p = bench.add_parser("predict", help="the shipped weights' answers, against the bare network")
-    p.add_argument("--dataset", default="", metavar="SOURCE", help="anything that can be prepared, whose patterns are drawn (default: as above)")
+    p.add_argument("--dataset", default="", metavar="SOURCE", help=f"anything that can be prepared, whose patterns are drawn (default: {real})")
     p.add_argument("--patterns", type=int, default=1000, dest="n", help="how many (default: 1000)")
     p.add_argument("--candidates", type=int, default=100_000, help="known materials that are searched (default: 100000)")
     p.add_argument("--rounds", type=int, default=5, help="how many rounds (default: 5)")
     p = bench.add_parser("sweeps", help="hours that the sweeps of a profile will take here")
-    p.add_argument("--dataset", default="", metavar="SOURCE", help="materials to measure the speed on (default: as above)")
+    p.add_argument("--dataset", default="", metavar="SOURCE", help=f"materials to measure the speed on (default: {real})")
     p.add_argument("--profile", default="laptop", help="of settings.ini (default: laptop)")
     p.add_argument("--labelled", type=int, default=0, metavar="N", help="training materials with labels (default: those of the data)")
     p.add_argument("--unlabelled", type=int, default=0, metavar="N", help="training materials to pretrain on (default: as many)")
@@ -1232,7 +1233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NotebookFailed as e: print(f"xxact: {e}", file=sys.stderr); return 2 if e.bad_input else 1
     except RuntimeError as e: print(f"xxact: {' '.join(str(e).split())}", file=sys.stderr); return 1
     except KeyboardInterrupt as e:
-        goes_on = "; the same command goes on from what is finished" if a.command in ("reproduce", "download", "prepare", "ship") else ""
+        kept = a.command in ("reproduce", "download", "ship") or (a.command == "prepare" and a.out.suffix != ".parquet")
+        goes_on = "; the same command goes on from what is finished" if kept else ""
         print(f"xxact: {str(e) or 'interrupted'}{goes_on}", file=sys.stderr)
         return 143 if str(e) else 130
     except BaseException as e:  # a panic is no Exception
