@@ -161,6 +161,7 @@ def _box_reflections(
 D_MIN, D_MAX = 1.05, 60.0  # Å, the stored range: a little more than 5-90° at Cu Kα, which ends at 1.09 Å, so that a strained cell has lines there too
 WEAKEST = 1e-4  # a reflection is dropped when I·d² is below this share of its maximum; d² is the Lorentz factor but for 1 / cos θ, at most 1.4
 EQUAL = 3e-6  # reflections whose neighbours are closer than this share of d are one; a group is at most four times as wide
+_ALIKE = 8, 6, 3  # boxes whose largest h, k and l lie in one of such steps are done together
 _BOX_BUDGET = 2**19  # numbers in the arrays of boxes that are done together, a size that stays in the cache
 _LARGEST_BOX = 2**25  # (h, k, l) of one crystal, which take some 2 GB
 _EDGE = 1e-9  # a line at the very end of the range is in it, however the cell is turned
@@ -192,18 +193,18 @@ def crystal_reflections(
     top = np.floor(np.take_along_axis(lengths, axes, 1) / d_min * (1 + _EDGE))
     _refuse((top[:, 0] + 1) * (2 * top[:, 1:] + 1).prod(1) > _LARGEST_BOX, "axes too long for this d_min; choose a larger d_min, or shorter axes")
     top = top.astype(int)
-    step = 2 ** np.maximum(0, np.frexp(top)[1] - 2)
-    boxes, which = np.unique(-(-top // step) * step, axis=0, return_inverse=True)
+    alike = np.unique(top // _ALIKE, axis=0, return_inverse=True)[1].ravel()
     elements = _elements_of(crystals)
     n_elements = np.bincount(np.unique(elements) // 128)
     extinct = _EXTINCT * np.bincount(elements // 128, elements % 128 * np.concatenate([c.occupancies for c in crystals])) ** 2
     g2_range = (1 - _EDGE) / d_max**2, (1 + _EDGE) / d_min**2
     done = [None] * len(crystals)
     with _libraries().limit(limits=1, user_api="blas"):  # small products: slower, and other in their last bits, on several threads
-        for i, box in enumerate(boxes):
-            members = np.flatnonzero(which.ravel() == i)
+        for i in range(alike.max() + 1):
+            members = np.flatnonzero(alike == i)
             members = members[(-n_elements[members]).argsort(kind="stable")]
-            together = max(1, _BOX_BUDGET // int(3 * (box[0] + 1) * (2 * box[1:] + 1).prod()))
+            h, k, l = top[members].max(0)
+            together = max(1, _BOX_BUDGET // int(3 * (h + 1) * (2 * k + 1) * (2 * l + 1)))
             for some in np.split(members, range(together, len(members), together)):
                 row, g, intensity = _box_reflections(top[some].max(0), [crystals[j] for j in some], axes[some], metric[some], g2_range, b_iso)
                 row, d, intensity = _merge(row, g, intensity, 0.5 * d_min, weakest, extinct[some])
