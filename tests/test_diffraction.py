@@ -552,6 +552,7 @@ def test_ranges_that_overlap_are_told_whatever_is_drawn(seed):
     (lambda r: batch_reflections([SALT]), r"material 0: a pair \(d_spacing, intensity\)"),
     (lambda r: batch_reflections([([[3.0, 2.0]], [[1.0, 0.5]])]), r"material 0: a pair \(d_spacing, intensity\)"),
     (lambda r: structure_reflections("NaCl.cif"), "Structure is needed"),
+    (lambda r: crystal_reflections([SALT]), "a Crystal is needed, not a Structure; structure_reflections takes"),
     (lambda r: peaks(r, measurement="ideal", limits=torch.tensor([[0.5, 1.0]])), "give one of the two"),
     (lambda r: peaks(r, limits=torch.tensor([5.0, 90.0])), r"it must be \(1, 2\)"),
     (lambda r: render(r, n_points=10**10), "2 to 10⁶"),
