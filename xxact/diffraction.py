@@ -260,7 +260,7 @@ def reflections(
 
 
 def _as_arrays(c: Crystal) -> Crystal:
-    if not isinstance(c, Crystal): raise ValueError(f"a Crystal is needed, not a {type(c).__name__}; structure_reflections takes a pymatgen Structure")
+    if not isinstance(c, Crystal): raise ValueError(f"a Crystal is needed, not a {type(c).__name__}; structure_reflections takes a Structure")
     z, x, lattice = np.asarray(c.atomic_numbers), np.asarray(c.frac_coords, float), np.asarray(c.lattice, float)
     if x.ndim > 1 and x.shape[1:] != (3,): raise ValueError(f"fractional coordinates must be (n, 3), not {x.shape}")
     whole = z.dtype.kind in "iu" or (z.dtype.kind == "f" and (z == np.rint(z)).all())

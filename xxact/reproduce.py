@@ -1294,8 +1294,9 @@ def _download(a: argparse.Namespace) -> int:
 
 def _prepare(a: argparse.Namespace) -> int:
     from xxact.sources import prepare
-    if a.out.is_file(): print(f"xxact: {a.out} is there already and will be replaced", file=sys.stderr)
+    before = a.out.is_file()
     summary = prepare(a.sources, a.out, a.d_min, a.workers, a.source, a.scheduler)
+    if before: print(f"xxact: {a.out} was there already and is replaced", file=sys.stderr)
     for key, value in summary.items(): print(f"{key}: {value}")
     if "broken file" in summary["rejects"]: raise RuntimeError(f"not every file could be read to its end; see {summary['rejects_table']}")
     return 0
