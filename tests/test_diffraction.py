@@ -457,6 +457,11 @@ def test_a_line_keeps_its_place_between_the_points_of_the_grid(angle):
     assert abs(place - ((ln_q_of(angle) - LN_Q[0]) / (LN_Q[1] - LN_Q[0]) * len(seen) - 0.5)) < 0.05
 
 
+def test_thermal_motion_makes_no_line_extinct():
+    lists = [reflections(np.eye(3) * 4, [[0, 0, 0]], [29], b_iso=b, d_min=0.5, weakest=0)[0] for b in (0, 20)]
+    assert np.array_equal(*lists)
+
+
 @pytest.mark.parametrize("two_theta", [(30, 35), (31.8, 32.2), (60, 80)])
 def test_broad_lines_leave_their_tails_in_narrow_grids(two_theta):
     r, m = batch_reflections([reflections(*random_crystal(7))]), Measurement(crystallite_size=5.0)

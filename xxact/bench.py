@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch.utils.flop_counter import FlopCounterMode
 
 from .diffraction import CU_KA, TWO_THETA, Crystal, batch_reflections, crystal_reflections, render
@@ -91,6 +90,8 @@ def bench_diffraction(
 @contextmanager
 def one_core() -> Iterator[None]:
     "Keep the process, and the libraries it calls, on one core."
+    from threadpoolctl import threadpool_limits
+
     allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, {min(allowed)})
     torch.set_num_threads(1)

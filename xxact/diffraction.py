@@ -13,6 +13,7 @@ __all__ = ['D_MIN', 'D_MAX', 'WEAKEST', 'EQUAL', 'WAVELENGTHS', 'CU_KA', 'TWO_TH
 
 # %% ../nbs/01_diffraction.ipynb #92490f2f
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -159,13 +160,14 @@ def _box_reflections(
 
 # %% ../nbs/01_diffraction.ipynb #6e1a54f5
 D_MIN, D_MAX = 1.05, 60.0  # Å, the stored range: a little more than 5-90° at Cu Kα, which ends at 1.09 Å, so that a strained cell has lines there too
-WEAKEST = 1e-4  # a reflection is dropped when I·d² is below this share of its maximum; d² is the Lorentz factor but for 1 / cos θ, at most 1.4
+WEAKEST = 1e-4  # a reflection is dropped when I·d² is below this share of its maximum; d² is the Lorentz factor but for 1 / cos θ, up to 1.5 at Cu
 EQUAL = 3e-6  # reflections whose neighbours are closer than this share of d are one; a group is at most four times as wide
 _ALIKE = 8, 6, 3  # boxes whose largest h, k and l lie in one of such steps are done together
 _BOX_BUDGET = 2**19  # numbers in the arrays of boxes that are done together, a size that stays in the cache
-_LARGEST_BOX = 2**25  # (h, k, l) of one crystal, which take some 2 GB
+_LARGEST_BOX = 2**25  # (h, k, l) of one crystal, which take some 2 GB, and 0.2 GB for each element after the first
 _EDGE = 1e-9  # a line at the very end of the range is in it, however the cell is turned
-_EXTINCT = 1e-10  # of |F(000)|²: rounding errors are less, what is measured is more
+_EXTINCT = 1e-10  # of |F(000)|², before thermal motion: rounding errors are less, what is measured is more
+_ALONE = threading.Lock()  # the number of threads of a library is one for all threads of the process
 
 
 @cache
@@ -199,7 +201,7 @@ def crystal_reflections(
     extinct = _EXTINCT * np.bincount(elements // 128, elements % 128 * np.concatenate([c.occupancies for c in crystals])) ** 2
     g2_range = (1 - _EDGE) / d_max**2, (1 + _EDGE) / d_min**2
     done = [None] * len(crystals)
-    with _libraries().limit(limits=1, user_api="blas"):  # small products: slower, and other in their last bits, on several threads
+    with _ALONE, _libraries().limit(limits=1, user_api="blas"):  # small products: slower, and other in their last bits, on several threads
         for i in range(alike.max() + 1):
             members = np.flatnonzero(alike == i)
             members = members[(-n_elements[members]).argsort(kind="stable")]
@@ -207,7 +209,7 @@ def crystal_reflections(
             together = max(1, _BOX_BUDGET // int(3 * (h + 1) * (2 * k + 1) * (2 * l + 1)))
             for some in np.split(members, range(together, len(members), together)):
                 row, g, intensity = _box_reflections(top[some].max(0), [crystals[j] for j in some], axes[some], metric[some], g2_range, b_iso)
-                row, d, intensity = _merge(row, g, intensity, 0.5 * d_min, weakest, extinct[some])
+                row, d, intensity = _merge(row, g, intensity, 0.5 * d_min, weakest, extinct[some], b_iso)
                 ends = row.searchsorted(np.arange(len(some) + 1)).tolist()
                 for j, (begin, end) in zip(some, pairwise(ends), strict=True): done[j] = d[begin:end], intensity[begin:end]
     _refuse(np.array([len(d) == 0 for d, _ in done]), f"no reflection between d = {d_min:g} and {d_max:g} Å; a smaller d_min is needed")
@@ -220,7 +222,8 @@ def _merge(
     intensity: np.ndarray,  # (m,)
     unit: float,  # makes 1/d smaller than 1
     weakest: float,
-    extinct: np.ndarray,  # (crystals,) intensity below which there is no line
+    extinct: np.ndarray,  # (crystals,) intensity below which there is no line, were the atoms still
+    b_iso: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # crystal, d (float32), intensity (float32)
     "Merge equal d, drop what is too weak, and scale."
     bits = len(g).bit_length()  # to sort one array of integers that end in the place is several times as fast as to sort places
@@ -237,7 +240,7 @@ def _merge(
     d = np.add.reduceat(weight, first) / np.add.reduceat(weight * g, first)
     row, intensity = row[first], np.add.reduceat(intensity, first)
     visible = intensity * d**2
-    strong = (visible >= weakest * _strongest(visible, row)) & (intensity > extinct[row])
+    strong = (visible >= weakest * _strongest(visible, row)) & (intensity > extinct[row] * (np.exp(-b_iso / 2 / d**2) if b_iso else 1))
     row, d, intensity = row[strong], d[strong], intensity[strong]
     return row, d.astype(np.float32), (intensity / _strongest(intensity, row)).astype(np.float32)
 
@@ -279,7 +282,7 @@ def _check_crystals(crystals: list[Crystal], d_min: float, d_max: float, b_iso: 
     _refuse(counts[:, 0] == 0, "a structure without atoms has no reflections")
     _refuse((counts != counts[:, :1]).any(1), "atoms, positions and occupancies differ in number")
     lattices = np.stack([c.lattice for c in crystals])
-    with np.errstate(invalid="ignore"): volumes = np.abs(np.linalg.det(lattices))
+    with np.errstate(invalid="ignore", over="ignore"): volumes = np.abs(np.linalg.det(lattices))
     _refuse(~np.isfinite(lattices).all((1, 2)) | ~(volumes >= 1e-3), "singular lattice: no volume, or not finite")
     begin = counts[:, 0].cumsum() - counts[:, 0]
     z, x, occupancy = (np.concatenate([c[i] for c in crystals]) for i in (2, 1, 3))
@@ -718,7 +721,7 @@ def _random(kind: Callable[..., Tensor], shape: int | tuple[int, int], generator
     return kind(shape, generator=_on(generator, device), device=device)
 
 # %% ../nbs/01_diffraction.ipynb #653a8a50
-_NODES = 256  # of the bent axis: about so many within the grid
+_NODES, _MOST_CELLS = 256, 2**19  # of the bent axis: nodes within the grid, about; cells
 NARROWEST = 2.5  # steps of the grid; a narrower peak is drawn this wide
 _TRANSFORMS = dict(none=lambda y: y, sqrt=torch.sqrt, log=lambda y: torch.log1p(1e3 * y) / math.log1p(1e3))
 
@@ -778,7 +781,7 @@ def render(
     ends = torch.minimum(m.two_theta_max, last)
     angle = low + (high - low) / (n_points - 1) * torch.arange(n_points)
     whole = bool((m.two_theta_min <= angle[0]).all() and (ends >= angle[-1]).all())  # known before the device must be waited for
-    margin = _margin(m, high)
+    axis = _axis(measurement, low, high, n_points)
     mixed, doublet, lifted, noisy = _mixed(r, m), *(bool(t.any()) for t in (m.kalpha2, m.background + m.hump, m.counts.isfinite()))
     random = lambda kind, shape, what: _random(kind, shape, generator, what, device)
     texture = _texture(r, m, generator)
@@ -787,7 +790,7 @@ def render(
     m, ends, angle, compute = m.to(device), upload(ends, device), upload(angle, device), _compiled() if compile else _drawn
     if compile:
         for t in (*r[:3], *([] if texture is None else [texture])): torch._dynamo.maybe_mark_dynamic(t, 0)
-    settings = mixed, doublet, (low, high), margin, scaled, whole, transform
+    settings = mixed, doublet, (low, high), axis, scaled, whole, transform
     return Patterns(angle, *compute(r, m, ends, angle, texture, background, noise, *settings), m)
 
 
@@ -814,14 +817,14 @@ def _drawn(
     mixed: bool,
     doublet: bool,
     two_theta: tuple[float, float],
-    margin: float,  # degrees
+    axis: tuple[float, int, float],  # see `_axis`
     scaled: bool,
     whole: bool,
     transform: str,
 ) -> tuple[Tensor, Tensor]:  # intensity and measured, each (n, n_points)
     "The arithmetic of `render`: no random number is drawn and no value decides what is done, so that it can be compiled."
     n_points = len(angle)
-    y = _patterns(_observed(r, m, texture, mixed), m, doublet, *two_theta, margin, n_points)
+    y = _patterns(_observed(r, m, texture, mixed), m, doublet, *two_theta, axis, n_points)
     measured = torch.ones_like(y, dtype=torch.bool) if whole else (angle >= m.two_theta_min[:, None]) & (angle <= ends[:, None])
     if not scaled: return y * measured, measured
     y = y / y.amax(1, keepdim=True).clamp(min=1e-12)
@@ -832,17 +835,26 @@ def _drawn(
     return _TRANSFORMS[transform](y.div_(y.amax(1, keepdim=True).clamp_(min=1e-12))), measured
 
 
-def _margin(m: Measurement, high: float) -> float:
-    "Degrees beyond each end of a grid within which peaks are drawn: 5, or five of the widest Lorentzian and up to 40, by few different numbers."
+def _axis(
+    measurement: str | Measurement, low: float, high: float, n_points: int
+) -> tuple[float, int, float]:  # degrees beyond each end within which peaks are drawn, cells of the bent axis, narrowest width in degrees
+    "What any pattern of a measurement needs: 5° beyond the grid, or five of the widest Lorentzian; and three cells in the narrowest width."
+    m, step = MEASUREMENTS[measurement] if isinstance(measurement, str) else measurement, (high - low) / (n_points - 1)
+    least, most = (Measurement(*(float(v[i]) if isinstance(v, tuple | list) else float(v) for v in m)) for i in (0, 1))
     theta = math.radians(min(high, 170) / 2)
-    widest = torch.rad2deg(0.09 * m.wavelength / (m.crystallite_size * math.cos(theta)) + 4 * m.microstrain * math.tan(theta)).max()
-    return 5.0 * 2 ** min(3, max(0, math.ceil(math.log2(max(float(widest), 1)))))
+    widest = math.degrees(0.09 * most.wavelength / (least.crystallite_size * math.cos(theta)) + 4 * most.microstrain * math.tan(theta))
+    margin = 5.0 * 2 ** min(3, max(0, math.ceil(math.log2(max(widest, 1)))))
+    span = high - low + 2 * margin
+    narrowest = max(NARROWEST * step, 3.35 * span / _MOST_CELLS)
+    sharp = Measurement(*(torch.tensor([v]) for v in least._replace(crystallite_size=most.crystallite_size)))
+    angle = torch.linspace(max(low - margin, 0), min(high + margin, 179), 9)[None]
+    return margin, 1536 * math.ceil(3.35 * span / float(peak_shape(angle, sharp, narrowest)[0].min()) / 1536), narrowest
 
 
-def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: float, margin: float, n_points: int) -> Tensor:
+def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: float, axis: tuple[float, int, float], n_points: int) -> Tensor:
     "Intensity per degree (n, n_points), by a bent axis on which all peaks have width 1. Places are double, or they differ between devices."
     n, device, row, intensity = r.n, r.ln_d.device, r.row, r.intensity
-    used = 1536 * math.ceil(4 * n_points / 4096 * (1 + 2 * margin / (high - low)) / 1.12)  # cells of the axis
+    margin, used, narrowest = axis
     canvas_size = used * 4 // 3  # the rest keeps tails that leave at one end from coming in at the other
     sin = m.wavelength[row] / (2 * r.ln_d.double().exp())
     if doublet:
@@ -854,7 +866,7 @@ def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: f
     intervals, h = _intervals(n_points, step)
     beyond = math.ceil(margin / h)  # nodes
     nodes = low + h * torch.arange(-beyond, intervals + 1 + beyond, dtype=torch.float64, device=device)
-    fwhm, eta = peak_shape(nodes.clamp(0, 179).expand(n, -1), m, NARROWEST * step)
+    fwhm, eta = peak_shape(nodes.clamp(0, 179).expand(n, -1), m, narrowest)
     density = 1 / fwhm
     u = torch.cat([nodes.new_zeros(n, 1), ((density[:, 1:] + density[:, :-1]) * (h / 2)).cumsum(1)], 1)
     cells = used / u[:, -1:]  # a width
@@ -951,7 +963,7 @@ def to_grid(
     wavelength: float = CU_KA,  # Å; of a doublet that was not stripped its weighted mean
     monochromator: float = 0.0,  # 2θ of the monochromator, degrees
     points: int = WINDOW_POINTS,  # grid points a window
-    fwhm: float = WINDOW_FWHM,  # Gaussian smoothing in ln q: the model's peak width, to which the instrument's own adds; 0: none
+    fwhm: float = WINDOW_FWHM,  # Gaussian smoothing in ln q: the model's peak width, to which the instrument's own adds; 0: only by a grid point
 ) -> Grid:
     "Patterns measured anywhere, on the model's grid. Raises `ValueError` for angles or a wavelength that cannot be."
     two_theta = torch.as_tensor(two_theta).double()

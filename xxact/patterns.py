@@ -132,7 +132,7 @@ def _from_columns(x: np.ndarray, y: np.ndarray, wavelength: float | str | None, 
     x, y = _one_scan(x, y)
     if not x[-1] < 180: raise ValueError(f"2θ up to {x[-1]:g}° cannot be; if the column is q, say unit='q' or 'q_nm'")
     n, beyond = len(x), np.searchsorted(x, 0, "right")
-    if beyond > 1: warnings.warn(f"{beyond} points below 2θ = 0 are left out", stacklevel=3)
+    if x[0] < 0: warnings.warn(f"{np.searchsorted(x, 0)} points below 2θ = 0 are left out", stacklevel=3)
     x, y = x[beyond:], y[beyond:]
     if (many := min(len(x), 1) + np.count_nonzero(x[1:] > x[:-1])) < max(10, 0.6 * n):
         raise ValueError(f"only {many} different angles above 0° in {n} points; are they rounded, or the columns not separated as they seem?")
@@ -274,8 +274,10 @@ def _header_wavelength(head: list[str]) -> tuple[float | None, dict]:  # Å; ano
         what, of = r"\b(Cu|Mo|Co|Cr|Fe|Ag)(?:\b|K)", "(?:anode|target|tube|radiation)"
         tube = says(rf"{what}\W?\w*\W?{of}\b") or says(rf"{of}(?:(?!filter)[^\n]){{0,20}}?{what}(?!\s*filter)")
         if tube: metadata["anode"] = tube[1].capitalize()
-        energy = not says("threshold|window|range|resolution|detector") and says(r"\bk?ev\b") and says(r"\benergy\b\D*(\d+(?:[.,]\d+)?)")
-        if energy and 4 <= (kev := float(energy[1].replace(",", ".")) / (1 if says(r"\bkev\b") else 1000)) <= 120: of_energy = 12.398420 / kev  # hc
+        energy = says(r"\benergy\W{0,3}(?:\((k?)ev\)\W*)?(\d+(?:[.,]\d+)?(?:e\d)?)\s*(k?)(?:ev\b)?") if says(r"(\b|\d)k?ev\b") else None
+        if energy and not says("threshold|window|range|resolution|detector|discriminat|limit|lower|upper|electron|ring"):
+            kev = float(energy[2].replace(",", ".")) / (1 if energy[1] or energy[3] else 1000)
+            if 4 <= kev <= 120: of_energy = 12.39842 / kev  # hc in keV Å
         keyword = says(r"wave[\s_]*length|lambda|λ|k-?alpha")
         if not keyword: continue
         after, number = line[keyword.end() :], r"(?<![\d.])\d+[.,]\d+(?:e-?\d+)?(?!\d|\s*mm\b)"
@@ -289,7 +291,7 @@ def _header_wavelength(head: list[str]) -> tuple[float | None, dict]:  # Å; ano
         elif first is None:
             first = values[0]
             if len(values) > 1 and first < values[1] < 1.02 * first: metadata["kalpha2"] = values[1]
-    first = first or of_energy
+    first = first or (None if "anode" in metadata else of_energy)
     if "kalpha2" in metadata and not (first and first < metadata["kalpha2"] < 1.02 * first): del metadata["kalpha2"]
     return first, metadata
 

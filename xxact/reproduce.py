@@ -29,12 +29,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -1222,7 +1223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if a.command == "reproduce": a.parameters += rest  # NAME=VALUE may stand between options
     run = dict(reproduce=_reproduce, download=_download, prepare=_prepare, data=_card, bench=_bench, ship=_ship, predict=_predict,
                search=_search, convert=_convert, page=_page, docs=_docs, readme=_readme)
-    with suppress(ValueError): signal.signal(signal.SIGTERM, _terminated)  # only a main thread may
+    before = signal.signal(signal.SIGTERM, _terminated) if threading.current_thread() is threading.main_thread() else None
     try:
         status = run[a.command](a)
         sys.stdout.flush()
@@ -1241,6 +1242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not type(e).__module__.startswith(("polars", "pyo3_runtime")): raise
         print(f"xxact: a table is damaged: {(str(e).splitlines() or [type(e).__name__])[0]}", file=sys.stderr)
         return 2
+    finally:
+        if before is not None: signal.signal(signal.SIGTERM, before)
 
 
 def _terminated(*_: object) -> None:
