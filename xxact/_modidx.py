@@ -63,6 +63,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'xxact.diffraction._compiled': ('diffraction.html#_compiled', 'xxact/diffraction.py'),
                                    'xxact.diffraction._drawn': ('diffraction.html#_drawn', 'xxact/diffraction.py'),
                                    'xxact.diffraction._elements_of': ('diffraction.html#_elements_of', 'xxact/diffraction.py'),
+                                   'xxact.diffraction._ends': ('diffraction.html#_ends', 'xxact/diffraction.py'),
                                    'xxact.diffraction._factor_table': ('diffraction.html#_factor_table', 'xxact/diffraction.py'),
                                    'xxact.diffraction._gaussian': ('diffraction.html#_gaussian', 'xxact/diffraction.py'),
                                    'xxact.diffraction._intervals': ('diffraction.html#_intervals', 'xxact/diffraction.py'),

@@ -16,7 +16,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -89,7 +89,7 @@ def _elements_of(crystals: list[Crystal]) -> np.ndarray:  # (n,) of all atoms, 1
     return 128 * crystal + np.concatenate([c.atomic_numbers for c in crystals])
 
 
-_TOGETHER = 2**22  # numbers, at most, in one product of the phases of h and k
+_PRODUCT_BUDGET = 2**22  # numbers in one product of the phases of h and k
 
 
 def _box_reflections(
@@ -131,7 +131,7 @@ def _box_reflections(
         if not n: continue
         some, place = by_size[begin : begin + n, None], np.arange(2**size)
         turn = turns[np.where(place < counts[some], first[some] + place, -1)]
-        out, block = waves[begin : (begin := begin + n)].reshape(n, len(columns), len(l)), max(1, _TOGETHER // (n << size))
+        out, block = waves[begin : (begin := begin + n)].reshape(n, len(columns), len(l)), max(1, _PRODUCT_BUDGET // (n << size))
         for c in range(0, len(columns), block):
             hk = turn.take(in_h[c : c + block], 2) * turn.take(in_k[c : c + block], 2)
             np.matmul(hk.transpose(0, 2, 1), turn[..., -len(l) :], out=out[:, c : c + block])
@@ -642,15 +642,22 @@ def draw_measurement(
         if math.isinf(high) and not (name in _LOGARITHMIC and low == high): raise ValueError(f"{name}={value} must be finite")
         if name == "strain" and low <= -0.5: raise ValueError(f"strain={value} must be above -0.5")
         if name == "texture" and high > 10: raise ValueError(f"texture={value} must be at most 10")
-        if name == "two_theta_min": begin = high
-        if name == "two_theta_max" and low <= begin: raise ValueError(f"two_theta_max={value} must be above all of two_theta_min, {begin:g}")
         if low == high:
             settled[name] = torch.full((n,), float(low))
             continue
         if generator is None: raise ValueError(f"{name}={value} is drawn for each pattern; give a generator")
         u = torch.rand(n, generator=generator)
         settled[name] = (math.log(low) + u * math.log(high / low)).exp() if name in _LOGARITHMIC else low + u * (high - low)
+    least, most = _ends(m)
+    if least.two_theta_max <= most.two_theta_min:
+        raise ValueError(f"two_theta_max={least.two_theta_max} must be above all of two_theta_min, {most.two_theta_min:g}")
     return Measurement(**settled)
+
+
+def _ends(m: str | Measurement) -> tuple[Measurement, Measurement]:
+    "The least and the most of each field."
+    fields = MEASUREMENTS[m] if isinstance(m, str) else m
+    return tuple(Measurement(*(float(v[i] if isinstance(v, tuple | list) else v) for v in fields)) for i in (0, 1))
 
 
 def observe(
@@ -781,7 +788,7 @@ def render(
     ends = torch.minimum(m.two_theta_max, last)
     angle = low + (high - low) / (n_points - 1) * torch.arange(n_points)
     whole = bool((m.two_theta_min <= angle[0]).all() and (ends >= angle[-1]).all())  # known before the device must be waited for
-    axis = _axis(measurement, low, high, n_points)
+    axis = _axis(*_ends(measurement), low, high, n_points)
     mixed, doublet, lifted, noisy = _mixed(r, m), *(bool(t.any()) for t in (m.kalpha2, m.background + m.hump, m.counts.isfinite()))
     random = lambda kind, shape, what: _random(kind, shape, generator, what, device)
     texture = _texture(r, m, generator)
@@ -835,17 +842,20 @@ def _drawn(
     return _TRANSFORMS[transform](y.div_(y.amax(1, keepdim=True).clamp_(min=1e-12))), measured
 
 
+@lru_cache(256)
 def _axis(
-    measurement: str | Measurement, low: float, high: float, n_points: int
+    least: Measurement,  # see `_ends`
+    most: Measurement,
+    low: float,  # degrees
+    high: float,
+    n_points: int,
 ) -> tuple[float, int, float]:  # degrees beyond each end within which peaks are drawn, cells of the bent axis, narrowest width in degrees
     "What any pattern of a measurement needs: 5° beyond the grid, or five of the widest Lorentzian; and three cells in the narrowest width."
-    m, step = MEASUREMENTS[measurement] if isinstance(measurement, str) else measurement, (high - low) / (n_points - 1)
-    least, most = (Measurement(*(float(v[i]) if isinstance(v, tuple | list) else float(v) for v in m)) for i in (0, 1))
     theta = math.radians(min(high, 170) / 2)
     widest = math.degrees(0.09 * most.wavelength / (least.crystallite_size * math.cos(theta)) + 4 * most.microstrain * math.tan(theta))
     margin = 5.0 * 2 ** min(3, max(0, math.ceil(math.log2(max(widest, 1)))))
     span = high - low + 2 * margin
-    narrowest = max(NARROWEST * step, 3.35 * span / _MOST_CELLS)
+    narrowest = max(NARROWEST * (high - low) / (n_points - 1), 3.35 * span / _MOST_CELLS)
     sharp = Measurement(*(torch.tensor([v]) for v in least._replace(crystallite_size=most.crystallite_size)))
     angle = torch.linspace(max(low - margin, 0), min(high + margin, 179), 9)[None]
     return margin, 1536 * math.ceil(3.35 * span / float(peak_shape(angle, sharp, narrowest)[0].min()) / 1536), narrowest
