@@ -577,7 +577,7 @@ def test_masked_points_are_left_out():
 
 def test_angles_that_are_rather_q_are_told(tmp_path):
     np.savetxt(tmp_path / "a.xy", np.c_[4 * np.pi * np.sin(np.radians(X / 2)) / 1.5406, Y])
-    with pytest.warns(UserWarning, match="a.xy: 2θ ends at .*; if the column is q or d, say unit"): read_pattern(tmp_path / "a.xy", "CuKa")
+    with pytest.warns(UserWarning, match="a.xy: 2θ ends at .*; if the column is q or d, give the unit"): read_pattern(tmp_path / "a.xy", "CuKa")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_pattern(tmp_path / "a.xy", "CuKa", "q"), read_pattern(tmp_path / "a.xy", "MoKa"), read_pattern(tmp_path / "a.xy", "CuKa", "two_theta")

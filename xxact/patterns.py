@@ -118,7 +118,7 @@ def _from_columns(x: np.ndarray, y: np.ndarray, wavelength: float | str | None, 
     _check_known(known.sum(), len(x), 4)
     if not known.all(): x, y = x[known], y[known]
     if wavelength is None:
-        warnings.warn("no wavelength is known: Cu Kα (1.54184 Å) is taken; give wavelength=…", stacklevel=3)
+        warnings.warn("no wavelength is known: Cu Kα (1.54184 Å) is taken; give the wavelength", stacklevel=3)
         wavelength = CU_KA
     wavelength, second = as_wavelength(wavelength), (metadata or {}).get("kalpha2")
     if second is not None and not (isinstance(second, int | float) and wavelength < second < 1.02 * wavelength):
@@ -130,7 +130,7 @@ def _from_columns(x: np.ndarray, y: np.ndarray, wavelength: float | str | None, 
         x = np.degrees(2 * np.arcsin(sin))
     if x[0] > x[-1]: x, y = x[::-1], y[::-1]
     x, y = _one_scan(x, y)
-    if not x[-1] < 180: raise ValueError(f"2θ up to {x[-1]:g}° cannot be; if the column is q, say unit='q' or 'q_nm'")
+    if not x[-1] < 180: raise ValueError(f"2θ up to {x[-1]:g}° cannot be; if the column is q, give the unit q or q_nm")
     n, beyond = len(x), np.searchsorted(x, 0, "right")
     if x[0] < 0: warnings.warn(f"{np.searchsorted(x, 0)} points below 2θ = 0 are left out", stacklevel=3)
     x, y = x[beyond:], y[beyond:]
@@ -599,12 +599,12 @@ def read_pattern(
         known = scan.unit or unit or scan.hint or "two_theta"
         if known == scan.hint and not unit:
             q = "nm⁻¹" if known == "q_nm" else "Å⁻¹"
-            warnings.warn(f"{path}: column 1 is taken for q in {q}; say unit='two_theta' if it is not", stacklevel=2)
+            warnings.warn(f"{path}: column 1 is taken for q in {q}; give the unit two_theta if it is not", stacklevel=2)
         metadata = scan.metadata | (dict(wavelength_assumed=True) if not (found or wavelength) and known == "two_theta" else {})
         columns, scan = [scan.y, scan.x], scan._replace(x=None, y=None)  # given away, so that what is replaced there is freed
         p = _from_columns(columns.pop(), columns.pop(), found or wavelength or CU_KA, known, metadata)
         if not (unit or scan.unit or scan.hint) and p.wavelength > 1 and p.two_theta[-1] < 15:
-            warnings.warn(f"{path}: 2θ ends at {p.two_theta[-1]:g}°; if the column is q or d, say unit='q', 'q_nm' or 'd'", stacklevel=2)
+            warnings.warn(f"{path}: 2θ ends at {p.two_theta[-1]:g}°; if the column is q or d, give the unit q, q_nm or d", stacklevel=2)
         return p
     except FileNotFoundError: raise ValueError(f"{' '.join(str(path).split())}: no such file") from None
     except _BROKEN as e:

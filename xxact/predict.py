@@ -655,7 +655,7 @@ class Predictor:
         if not isinstance(candidates, Index | pl.DataFrame | None):
             raise ValueError(f"candidates must be an Index or a material table, not {type(candidates).__name__}")
         index = self.index if candidates is None else candidates if isinstance(candidates, Index) else make_index(candidates)
-        if index is None: raise ValueError("this predictor has no index of materials; give candidates=a material table")
+        if index is None: raise ValueError("this predictor has no index of materials; give candidates, a material table")
         [one] = as_inputs(None, [pattern], wavelength)
         if strange := [e for e in elements or () if e not in SYMBOLS[1:]]: raise ValueError(f"there is no element {strange[0]!r}")
         if formula is not None and elements is not None and {*parse_formula(formula)[0].tolist()} != {SYMBOLS.index(e) for e in elements}:

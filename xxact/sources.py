@@ -339,11 +339,62 @@ def check_setting(
         raise ValueError(f"no symmetry operations, and a setting of space group {numbers[0]} that is not known ({', '.join(names)}); list them")
 
 
+def _check_columns(block: dict[str, Any]) -> None:
+    """Refuse what the parser would read as something else without a word."""
+    numbers = {k: float(str(v).split("(")[0]) for k in CELL_LENGTHS if (v := block.get(k)) is not None}
+    if wrong := [k for k, v in numbers.items() if v <= 0]:
+        raise ValueError(f"cell length not positive: {wrong[0]} is {numbers[wrong[0]]:g} Å")
+    positive = lambda o: re.fullmatch(r"\+?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(\(\d+\))?", o) and float(o.split("(")[0]) > 0
+    if wrong := [o for o in map(str, block.get("_atom_site_occupancy", [])) if not positive(o)]:
+        raise ValueError(f"occupancy not positive: of {wrong[0]!r} the parser would make 1, or leave the atom out")
+    for key in OPERATIONS:
+        operations = block.get(key) or []
+        for operation in [operations] if isinstance(operations, str) else operations:
+            if not re.fullmatch(r"([-+\d/. ]*[xyz][-+xyz\d/. ]*(,|$)){3}", operation.strip(" '\"").lower()):
+                raise ValueError(f"symmetry operation {operation!r} is none; write it like 'x, -y, z+1/2'")
+    if "." in [x for axis in "xyz" for x in block.get(f"_atom_site_fract_{axis}", [])]:
+        raise ValueError("coordinate missing: the parser would read '.' as 0")
+    symbols = block.get("_atom_site_type_symbol") or block.get("_atom_site_label", [])
+    if any(re.match(r"[DT](?![a-z])", symbol) for symbol in symbols):
+        raise ValueError("deuterium or tritium: the parser would call it hydrogen")
+    for symbol in block.get("_atom_site_type_symbol", []):  # of others, the parser takes a part, or nothing
+        if not (found := re.fullmatch(r"([A-Z][a-z]?)\d*[+-]?\d*", symbol)) or found[1] not in ATOMIC_NUMBER:
+            raise ValueError(f"unknown element: {symbol!r} is not an element symbol")
+
+
+def _check_symmetry(block: dict[str, Any], parser: "CifParser", structure: "Structure") -> None:  # noqa: F821
+    """Refuse symmetry that is not said, and a cell that contradicts it or its own volume."""
+    stated = [str(block.get(k)) for k in CELL_GROUPS if block.get(k) not in (None, "?", ".")]
+    multiple = any(m not in ("1", "?", ".") for m in map(str, block.get("_atom_site_symmetry_multiplicity", [])))
+    if any("Defaulting to P1" in note for note in parser.warnings) and (multiple or any(s.replace(" ", "") not in ("1", "P1") for s in stated)):
+        raise ValueError(f"no symmetry operations, and no space group that is known ({', '.join(stated) or 'none is stated'}); list them")
+    if stated and len(parser.symmetry_operations) > 1 and not any(block.get(key) for key in OPERATIONS):
+        check_setting(stated, by_number=not any("Spacegroup from" in note for note in parser.warnings))
+    metric = structure.lattice.metric_tensor
+    if any(np.abs(o.rotation_matrix.T @ metric @ o.rotation_matrix - metric).max() > 0.02 * metric.max() for o in parser.symmetry_operations):
+        raise ValueError(f"the cell contradicts its symmetry operations, or the space group's usual setting ({', '.join(stated) or 'not named'})")
+    volume = str(block.get("_cell_volume", "")).split("(")[0]
+    if re.fullmatch(r"\d+\.?\d*", volume) and abs(float(volume) / structure.volume - 1) > 0.02:
+        raise ValueError(f"the cell of {structure.volume:.1f} Å3 differs from the stated volume of {volume} Å3")
+
+
+def _check_formula(block: dict[str, Any], parser: "CifParser", structure: "Structure") -> None:  # noqa: F821
+    """Refuse atoms that are not those of the stated formula."""
+    from pymatgen.core import Composition
+
+    if (stated := str(block.get("_chemical_formula_sum") or "?").strip()) not in ("?", "."):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if amiss := parser.check(structure): raise ValueError(f"atoms differ from the stated formula: {amiss}")
+        units, n, atoms = str(block.get("_cell_formula_units_Z", "")), Composition(stated).num_atoms, structure.composition.num_atoms
+        if units.isdecimal() and int(units) and all(abs(atoms / (n * k) - 1) > 0.02 for k in (1, int(units))):  # 1: of the whole cell
+            raise ValueError(f"atoms differ from the stated formula: {atoms:g} in the cell, but {stated!r} and {units} formula units")
+
+
 def parse_cif(
     text: str,  # the contents of a CIF file, with one structure
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:  # lattice Å, coordinates, atomic numbers, occupancies if any is not 1
     """Read the structure in a CIF text as plain arrays."""
-    from pymatgen.core import Composition
     from pymatgen.io.cif import CifParser
 
     with warnings.catch_warnings():
@@ -360,44 +411,9 @@ def parse_cif(
     if len(structures) > 1:
         raise ValueError(f"several structures in one CIF: {len(structures)}, expected 1")
     for block in parser.as_dict().values():
-        numbers = {k: float(str(v).split("(")[0]) for k in CELL_LENGTHS if (v := block.get(k)) is not None}
-        if wrong := [k for k, v in numbers.items() if v <= 0]:
-            raise ValueError(f"cell length not positive: {wrong[0]} is {numbers[wrong[0]]:g} Å")
-        positive = lambda o: re.fullmatch(r"\+?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(\(\d+\))?", o) and float(o.split("(")[0]) > 0
-        if wrong := [o for o in map(str, block.get("_atom_site_occupancy", [])) if not positive(o)]:
-            raise ValueError(f"occupancy not positive: of {wrong[0]!r} the parser would make 1, or leave the atom out")
-        for key in OPERATIONS:
-            operations = block.get(key) or []
-            for operation in [operations] if isinstance(operations, str) else operations:
-                if not re.fullmatch(r"([-+\d/. ]*[xyz][-+xyz\d/. ]*(,|$)){3}", operation.strip(" '\"").lower()):
-                    raise ValueError(f"symmetry operation {operation!r} is none; write it like 'x, -y, z+1/2'")
-        stated = [str(block.get(k)) for k in CELL_GROUPS if block.get(k) not in (None, "?", ".")]
-        multiple = any(m not in ("1", "?", ".") for m in map(str, block.get("_atom_site_symmetry_multiplicity", [])))
-        if any("Defaulting to P1" in note for note in notes) and (multiple or any(s.replace(" ", "") not in ("1", "P1") for s in stated)):
-            raise ValueError(f"no symmetry operations, and no space group that is known ({', '.join(stated) or 'none is stated'}); list them")
-        if stated and len(parser.symmetry_operations) > 1 and not any(block.get(key) for key in OPERATIONS):
-            check_setting(stated, by_number=not any("Spacegroup from" in note for note in notes))
-        metric = structures[0].lattice.metric_tensor
-        if any(np.abs(o.rotation_matrix.T @ metric @ o.rotation_matrix - metric).max() > 0.02 * metric.max() for o in parser.symmetry_operations):
-            raise ValueError(f"the cell contradicts its symmetry operations, or the space group's usual setting ({', '.join(stated) or 'not named'})")
-        volume = str(block.get("_cell_volume", "")).split("(")[0]
-        if re.fullmatch(r"\d+\.?\d*", volume) and abs(float(volume) / structures[0].volume - 1) > 0.02:
-            raise ValueError(f"the cell of {structures[0].volume:.1f} Å3 differs from the stated volume of {volume} Å3")
-        if "." in [x for axis in "xyz" for x in block.get(f"_atom_site_fract_{axis}", [])]:
-            raise ValueError("coordinate missing: the parser would read '.' as 0")
-        symbols = block.get("_atom_site_type_symbol") or block.get("_atom_site_label", [])
-        if any(re.match(r"[DT](?![a-z])", symbol) for symbol in symbols):
-            raise ValueError("deuterium or tritium: the parser would call it hydrogen")
-        for symbol in block.get("_atom_site_type_symbol", []):  # of others, the parser takes a part, or nothing
-            if not (found := re.fullmatch(r"([A-Z][a-z]?)\d*[+-]?\d*", symbol)) or found[1] not in ATOMIC_NUMBER:
-                raise ValueError(f"unknown element: {symbol!r} is not an element symbol")
-        if (stated := str(block.get("_chemical_formula_sum") or "?").strip()) not in ("?", "."):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                if amiss := parser.check(structures[0]): raise ValueError(f"atoms differ from the stated formula: {amiss}")
-            units, n, atoms = str(block.get("_cell_formula_units_Z", "")), Composition(stated).num_atoms, structures[0].composition.num_atoms
-            if units.isdecimal() and int(units) and all(abs(atoms / (n * k) - 1) > 0.02 for k in (1, int(units))):  # 1: of the whole cell
-                raise ValueError(f"atoms differ from the stated formula: {atoms:g} in the cell, but {stated!r} and {units} formula units")
+        _check_columns(block)
+        _check_symmetry(block, parser, structures[0])
+        _check_formula(block, parser, structures[0])
     species = [(site.frac_coords, kind.symbol, occupancy) for site in structures[0] for kind, occupancy in site.species.items()]
     coordinates = np.array([place for place, *_ in species], float).reshape(-1, 3)
     numbers = np.array([symbol_to_number(symbol) for _, symbol, _ in species], int)
