@@ -12,7 +12,9 @@ __all__ = ['D_MIN', 'D_MAX', 'WEAKEST', 'EQUAL', 'WAVELENGTHS', 'CU_KA', 'TWO_TH
            'Patterns', 'peak_shape', 'render', 'Grid', 'to_grid']
 
 # %% ../nbs/01_diffraction.ipynb #92490f2f
+import ctypes
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -168,6 +170,7 @@ _LARGEST_BOX = 2**25  # (h, k, l) of one crystal, which take some 2 GB, and 0.2 
 _EDGE = 1e-9  # a line at the very end of the range is in it, however the cell is turned
 _EXTINCT = 1e-10  # of |F(000)|², before thermal motion: rounding errors are less, what is measured is more
 _ALONE = threading.Lock()  # the number of threads of a library is one for all threads of the process
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_… of malloc.h
 
 
 @cache
@@ -175,6 +178,13 @@ def _libraries() -> "ThreadpoolController":  # noqa: F821
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()
+
+
+@cache
+def _keep_memory() -> None:
+    "Have glibc keep up to 512 MB that arrays of up to 32 MB leave, which it may hand back and get anew each time (half of the time): mallopt(3)."
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt: mallopt(_MMAP_THRESHOLD, 2**25), mallopt(_TRIM_THRESHOLD, 2**29)
 
 
 def crystal_reflections(
@@ -185,6 +195,7 @@ def crystal_reflections(
     weakest: float = WEAKEST,
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # each d_spacing (m,) Å descending; intensity (m,), |F|² × multiplicity, maximum 1
     "Kinematic powder reflections of many crystals, independent of the wavelength. Raises `ValueError` for an impossible cell or atom."
+    _keep_memory()
     crystals = [_as_arrays(c) for c in crystals]
     _check_crystals(crystals, d_min, d_max, b_iso, weakest)
     lattices = np.stack([c.lattice for c in crystals])
@@ -802,12 +813,6 @@ def render(
 
 
 @cache
-def _keep_memory() -> None:
-    "Have the C library keep the memory of this process's large arrays, which it may hand back and get anew for each (up to a quarter of the time)."
-    torch.empty(2**25 - 2**14, dtype=torch.uint8, device="cpu")  # it keeps what is smaller than the largest it saw freed, to 32 MB: mallopt(3)
-
-
-@cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")  # it calls the FFT, as it should
     return torch.compile(_drawn, dynamic=False)
@@ -896,11 +901,12 @@ def _patterns(r: Reflections, m: Measurement, doublet: bool, low: float, high: f
         first = row * 2 * canvas_size + cell + i
         canvas.index_add_(0, torch.cat([first, first + canvas_size]), torch.cat([gauss * weight, lorentz * weight]))
     frequency = torch.fft.rfftfreq(canvas_size, device=device)
-    spectrum = torch.fft.rfft(canvas.view(n, 2, canvas_size))
+    spectrum = torch.view_as_real(torch.fft.rfft(canvas.view(n, 2, canvas_size)))  # a complex number times a real one would be two complex ones
     sharpen = -6 * torch.sinc(frequency).log()  # a spline spreads what is put on the canvas, and another what is read
     gauss = torch.addcmul(sharpen, cells**2, -((math.pi * frequency) ** 2) / (4 * math.log(2))).exp_()
     lorentz = torch.addcmul(sharpen, cells, -math.pi * frequency).exp_()
-    y = torch.fft.irfft(spectrum[:, 0] * gauss + spectrum[:, 1] * lorentz, n=canvas_size)
+    spectrum = (spectrum[:, 0] * gauss[..., None]).addcmul_(spectrum[:, 1], lorentz[..., None])
+    y = torch.fft.irfft(torch.view_as_complex(spectrum), n=canvas_size)
 
     u, slope = u[:, beyond : beyond + intervals + 1], density[:, beyond : beyond + intervals + 1]
     begin = u[:, :-1].floor()  # whole cells apart from the rest, which single precision holds
