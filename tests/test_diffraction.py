@@ -414,6 +414,15 @@ def test_the_gpu_draws_the_same(kind):
         assert torch.allclose(what(r), what(there).cpu(), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", MEASUREMENTS)
+def test_drawing_stays_on_its_device(kind, monkeypatch):
+    "Shown on `meta`, which has no values to wait for and refuses tensors of another device."
+    monkeypatch.setattr(diffraction, "_on", lambda generator, device: None)  # it draws nothing
+    there = batch_reflections([reflections(*random_crystal(s)) for s in range(8)]).to(torch.device("meta"))
+    assert render(there, kind, generator=seeded(0)).intensity.is_meta
+    assert peaks(there, measurement=kind, generator=seeded(0)).intensity.is_meta
+
+
 PAGES = """
 import resource
 import numpy as np, torch

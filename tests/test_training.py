@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xxact import trainer
+from xxact import diffraction, trainer
+from xxact.diffraction import AUGMENTATIONS
 from xxact.fusion import XxaCT
 from xxact.materials import MaterialSet
 from xxact.reproduce import load_table
@@ -461,6 +462,19 @@ def test_a_step_asks_the_device_nothing(task, device, data_file, monkeypatch):
             torch.nn.utils.clip_grad_norm_(it.parameters(), 1.0)
             optimiser.step()
     with pytest.raises((AssertionError, RuntimeError)), no_waiting(device): losses["loss"].item()
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_step_stays_on_its_device(task, augment, data_file, monkeypatch):
+    "Shown on `meta`, which refuses tensors of another device."
+    monkeypatch.setattr(diffraction, "_on", lambda generator, device: None)  # it draws nothing,
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # and knows no precisions
+    data, meta = MaterialSet.load(data_file), torch.device("meta")
+    it = objective(task, data).to(meta)
+    it.augment = augment
+    it(it.prepare(data.batch(torch.arange(16)).to(meta), draws(0, 0)))["loss"].backward()
+    assert all(p.grad.is_meta for p in it.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("task", TASKS)

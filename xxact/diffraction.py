@@ -771,7 +771,7 @@ def peak_shape(
 
 
 def render(
-    r: Reflections,
+    r: Reflections,  # of 64 to 1,024 materials on a CPU: fewer at once, or more, are slower
     measurement: str | Measurement = "ideal",  # ideal, lab, synchrotron, harsh, or one of your own
     two_theta: tuple[float, float] = TWO_THETA,  # degrees
     n_points: int = 4096,
