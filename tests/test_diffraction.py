@@ -416,7 +416,7 @@ def test_the_gpu_draws_the_same(kind):
 
 @pytest.mark.parametrize("kind", MEASUREMENTS)
 def test_drawing_stays_on_its_device(kind, monkeypatch):
-    "Shown on `meta`, which has no values to wait for and refuses tensors of another device."
+    "Shown on `meta`, which has no values to wait for, and most of whose operations refuse tensors of another device."
     monkeypatch.setattr(diffraction, "_on", lambda generator, device: None)  # it draws nothing
     there = batch_reflections([reflections(*random_crystal(s)) for s in range(8)]).to(torch.device("meta"))
     assert render(there, kind, generator=seeded(0)).intensity.is_meta
@@ -429,20 +429,26 @@ import numpy as np, torch
 from xxact.diffraction import Crystal, batch_reflections, crystal_reflections, render
 torch.set_num_threads(1)
 rng, seeded = np.random.default_rng(0), torch.Generator().manual_seed
-crystals = [Crystal(np.diag(rng.uniform(4, 7, 3)), rng.random((8, 3)), rng.integers(1, 90, 8)) for _ in range(400)]
-r, pages = batch_reflections(crystal_reflections(crystals)), []
-for _ in range(6):
-    render(r, "lab", generator=seeded(0))
-    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(pages[5] - pages[2])
+def each(work, pages=()):
+    for _ in range(6):
+        work()
+        pages = *pages, resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    print(pages[5] - pages[2])
 """
+WORK = dict(
+    render="lists = [(np.linspace(8, 1.1, 90), np.ones(90))] * 400; each(lambda: render(batch_reflections(lists), 'lab', generator=seeded(0)))",
+    reflections="""
+crystals = [Crystal(np.diag(c), rng.random((20, 3)), rng.integers(1, 90, 20)) for c in rng.uniform(4, 12, (300, 3))]
+each(lambda: crystal_reflections(crystals))""",
+)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_memory_is_kept_from_batch_to_batch():
-    "Where the heap lies badly, as here, 30,000 pages a batch would be had anew, which takes half of the time."
+@pytest.mark.parametrize("work", WORK)
+def test_memory_is_kept_from_batch_to_batch(work):
+    "Where the heap lies badly, as here, tens of thousands of pages a batch would be had anew, which takes half of the time."
     badly = os.environ | dict(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
-    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True, env=badly)
+    done = subprocess.run([sys.executable, "-c", PAGES + WORK[work]], stdout=subprocess.PIPE, text=True, check=True, env=badly)
     assert int(done.stdout) < 10_000
 
 
