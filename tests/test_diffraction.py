@@ -446,7 +446,7 @@ each(lambda: crystal_reflections(crystals))""",
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 @pytest.mark.parametrize("work", WORK)
 def test_memory_is_kept_from_batch_to_batch(work):
-    "Where the heap lies badly, as here, tens of thousands of pages a batch would be had anew, which takes half of the time."
+    "Where the heap lies badly, as here, tens of thousands of pages a batch would be had anew, which takes a fifth to half of the time."
     badly = os.environ | dict(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
     done = subprocess.run([sys.executable, "-c", PAGES + WORK[work]], stdout=subprocess.PIPE, text=True, check=True, env=badly)
     assert int(done.stdout) < 10_000
