@@ -539,6 +539,16 @@ def test_the_grid_marks_gaps():
     assert not measured[low : high + 1].any() and measured[: low - 1].all() and measured[high + 2 :].all()
 
 
+def test_many_patterns_are_put_on_the_grid_as_each_alone():
+    x = torch.linspace(5, 90, 2000)
+    y = torch.rand(150, 2000, generator=torch.Generator().manual_seed(0)).where(torch.arange(150)[:, None] * 10 < torch.arange(2000), math.nan)
+    together = to_grid(x, y)
+    for i in (0, 63, 64, 149):
+        for a, b in zip(together, to_grid(x, y[i]), strict=True): assert torch.allclose(a[i].double(), b[0].double(), atol=1e-6)
+    y[100] = 0
+    with pytest.raises(ValueError, match="pattern 100 has no point with a positive intensity"): to_grid(x, y)
+
+
 SALT = Structure.from_spacegroup(225, Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
 
 
@@ -695,6 +705,7 @@ def test_lists_that_are_no_reflections(lists, message):
 @pytest.mark.parametrize(("changes", "message"), [
     (dict(fwhm=math.nan), "fwhm=nan"), (dict(fwhm=-1), "fwhm=-1"), (dict(monochromator=math.nan), "monochromator=nan"), (dict(points=0), "points=0"),
     (dict(intensity=torch.zeros(1, 2000)), "positive intensity"), (dict(intensity=-torch.ones(1, 2000)), "positive intensity"),
+    (dict(intensity=torch.ones(0, 2000)), "there is no pattern"),
 ])
 def test_grids_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):

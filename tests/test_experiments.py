@@ -214,6 +214,7 @@ def test_failing_notebook_stops_the_run(clone):
     (["reproduce", "MODELS=all"], "choose from composition, xrd"),
     (["reproduce", "DATASET=nowhere.parquet"], "nowhere.parquet: no such file"),
     (["reproduce", "DATASET=prototypes:30", "TARGETS=band_gap"], "has no values of band_gap; it has those of volume_per_atom"),
+    (["reproduce", "DATASET=nowhere.parquet", "TARGETS=band_gap,gap"], "target='gap' does not exist; choose from formation_energy_per_atom"),
     (["prepare", "prototypes:30", "--out", "README.md"], "give the name of a new .parquet file, or a folder"),
     (["download", "alexandria", "--files", "3-1"], "write numbers from 0 to 999"),
     (["download", "alexandria", "--functional", "b3lyp"], "known are pbe"),

@@ -993,13 +993,18 @@ def to_grid(
     low, high, falls = two_theta[0], two_theta[-1], (two_theta.diff() <= 0).nonzero().flatten().tolist()
     if falls: raise ValueError(f"2θ must rise, but {two_theta[falls[0]]:g}° is followed by {two_theta[falls[0] + 1]:g}°")
     if not (0 < low and high < 180 and two_theta.isfinite().all()): raise ValueError(f"2θ from {low:g} to {high:g}° must be numbers within 0 to 180°")
+    known = intensity.isfinite()
+    empty = (~(known & (intensity > 0)).any(1)).nonzero().flatten().tolist()
+    if empty or not len(known): raise ValueError(f"pattern {empty[0]} has no point with a positive intensity" if empty else "there is no pattern")
     sin = torch.deg2rad(two_theta / 2).sin()
     d = wavelength / (2 * sin)
     ln_q = (2 * math.pi / d).log()
-    known = intensity.isfinite()
-    if not len(known) or not (known & (intensity > 0)).any(1).all(): raise ValueError("a pattern has no point with a positive intensity")
     if ln_q[-1] <= LN_Q[0] or ln_q[0] >= LN_Q[1]:
         raise ValueError(f"nothing measured within the model's range, q = {math.exp(LN_Q[0]):.2f} to {math.exp(LN_Q[1]):.2f} Å⁻¹")
+    if device.type == "cpu":
+        _keep_memory()
+        if len(intensity) > 64:  # more at once take longer, and much memory
+            return Grid(*map(torch.cat, zip(*(to_grid(two_theta, some, wavelength, monochromator, points, fwhm) for some in intensity.split(64)))))
     span = known.double()
     ends = torch.stack([ln_q[span.argmax(1)], ln_q[len(ln_q) - 1 - span.flip(1).argmax(1)]], 1)
     weight = lorentz_polarisation(d) / lorentz_polarisation(d, wavelength, monochromator)

@@ -203,6 +203,7 @@ def check_parameters(
         for model in split_list(params.get(key, "")): choose(key, model, MODELS)
     if experiment in ARMS: choose_arms(params["arms"], experiment)
     choose_factors(params.get("factors", ""))
+    for target in split_list(params.get("targets", "")): choose("target", target, tuple(TARGETS))
     for key in ("patterns", "weights"):
         if params.get(key) and not Path(str(params[key])).exists(): raise ValueError(f"{key}={params[key]}: no such folder")
     for augment in split_list(params.get("augments", "")): choose("augments", augment, tuple(AUGMENTATIONS))
