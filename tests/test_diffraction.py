@@ -3,6 +3,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -394,6 +395,36 @@ def test_any_grid_is_as_exact(two_theta, n_points):
     assert (y[0] - exact).abs().max() < 0.02 * exact.max() and abs(float(y.sum() / exact.sum()) - 1) < 0.01
 
 
+@pytest.mark.parametrize("kind", ["lab", "synchrotron"])
+def test_patterns_drawn_in_lots_are_as_those_drawn_at_once(kind):
+    r, m = batch_reflections([reflections(*random_crystal(seed)) for seed in range(9)] * 3), MEASUREMENTS[kind]
+    lots, whole = (render(r, m._replace(second_phase=share), (10, 60), 150_000, generator=seeded(1)) for share in (0.0, 1e-30))  # two phases: at once
+    assert torch.equal(lots.measured, whole.measured) and torch.allclose(lots.intensity, whole.intensity, atol=1e-5)
+    assert lots.intensity.shape == (27, 150_000)
+
+
+def test_each_pattern_can_have_a_measurement_of_its_own():
+    r, sizes = batch_reflections([reflections(*random_crystal(seed)) for seed in range(3)]), [5.0, math.inf, 40.0]
+    strain = np.array([-0.01, 0.0, 0.02])
+    together = render(r, Measurement(crystallite_size=sizes, strain=strain, displacement=torch.tensor([0.1, 0.0, -0.1])))
+    for i, (size, e, d) in enumerate(zip(sizes, strain, (0.1, 0.0, -0.1), strict=True)):
+        alone = render(batch_reflections([reflections(*random_crystal(i))]), Measurement(crystallite_size=size, strain=float(e), displacement=d))
+        assert (together.intensity[i] - alone.intensity[0]).abs().max() < 0.02  # the axis is as fine as the sharpest of a batch needs
+    again = render(r, together.measurement)
+    assert torch.equal(again.intensity, together.intensity)
+    lab = render(r, "harsh", generator=seeded(0))
+    assert all(torch.equal(a, b) for a, b in zip(render(r, lab.measurement, generator=seeded(1)).measurement, lab.measurement, strict=True))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(strain=[0.0, 0.01]), "strain has the shape (2,); (3,), one for each pattern"), (dict(wavelength=torch.zeros(3)), "wavelength from 0 to 0"),
+    (dict(hump=np.array([0, 1, math.nan])), "hump="), (dict(microstrain=[0.0, 0.0, math.inf]), "microstrain from 0 to inf must be finite"),
+    (dict(texture=[0.0, 20.0, 0.0]), "texture from 0 to 20 must be at most 10"), (dict(strain=torch.zeros(3, 1)), "strain has the shape (3, 1)"),
+])
+def test_measurements_of_each_pattern_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)): draw_measurement(Measurement(**changes), 3)
+
+
 def test_patterns_of_a_batch_are_its_members():
     lists = [reflections(*random_crystal(s)) for s in range(5)]
     together = render(batch_reflections(lists)).intensity
@@ -545,8 +576,16 @@ def test_many_patterns_are_put_on_the_grid_as_each_alone():
     together = to_grid(x, y)
     for i in (0, 63, 64, 149):
         for a, b in zip(together, to_grid(x, y[i]), strict=True): assert torch.allclose(a[i].double(), b[0].double(), atol=1e-6)
-    y[100] = 0
-    with pytest.raises(ValueError, match="pattern 100 has no point with a positive intensity"): to_grid(x, y)
+    y[100] = y[120] = 0
+    with pytest.raises(ValueError, match="in 2 of 150 patterns; the first is pattern 100"): to_grid(x, y)
+
+
+def test_the_grid_leaves_out_what_is_masked():
+    r = batch_reflections([reflections(*random_crystal(3))])
+    x, y = (t.squeeze().numpy() for t in render(r)[:2])
+    dead = (x > 30) & (x < 32)
+    masked, gaps = to_grid(x, np.ma.masked_array(np.where(dead, 1e9, y), dead)), to_grid(x, np.where(dead, math.nan, y))
+    assert all(torch.equal(a, b) for a, b in zip(masked, gaps, strict=True)) and not masked.measured.all()
 
 
 SALT = Structure.from_spacegroup(225, Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])

@@ -17,7 +17,7 @@ import math
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import pairwise
 from numbers import Integral, Real
@@ -578,11 +578,11 @@ def draw_limits(
     return (4 * math.pi / CU_KA * torch.deg2rad(two_theta / 2).sin()).log()
 
 # %% ../nbs/01_diffraction.ipynb #5fc0d134
-Range = float | tuple[float, float]
+Range = float | tuple[float, float] | Sequence[float]
 
 
 class Measurement(NamedTuple):
-    "Instrument, sample and detector; each field a number, or a range (low, high) to draw from for each pattern."
+    "Instrument, sample and detector; each field a number, a range (low, high) to draw from for each pattern, or a list or tensor of one for each."
 
     wavelength: Range = CU_KA  # Å; of Kα1 where there is a Kα2
     kalpha2: Range = 0.0  # intensity of Kα2 as a share of Kα1's: 0.5 for a tube, 0 for one line
@@ -645,18 +645,22 @@ def draw_measurement(
         raise ValueError(f"generator={generator!r} must be a torch.Generator on the CPU, such as torch.Generator().manual_seed(0)")
     settled = {}
     for name, value in (MEASUREMENTS[m] if isinstance(m, str) else m)._asdict().items():
-        low, high = value if isinstance(value, tuple | list) and len(value) == 2 else (value, value)
+        each = isinstance(value, _EACH)
+        if each and np.shape(value) != (n,):
+            raise ValueError(f"{name} has the shape {tuple(np.shape(value))}; ({n},), one for each pattern, or a tuple (low, high) is needed")
+        low, high = _extent(value)
         if not (isinstance(low, Real) and isinstance(high, Real) and low <= high):
-            raise ValueError(f"{name}={value} must be a number or a range (low, high)")
-        if name in _POSITIVE and not low > 0: raise ValueError(f"{name}={value} must be positive")
-        if name not in _SIGNED and low < 0: raise ValueError(f"{name}={value} must not be negative")
-        if math.isinf(high) and not (name in _LOGARITHMIC and low == high): raise ValueError(f"{name}={value} must be finite")
-        if name == "strain" and low <= -0.5: raise ValueError(f"strain={value} must be above -0.5")
-        if name == "texture" and high > 10: raise ValueError(f"texture={value} must be at most 10")
-        if low == high:
-            settled[name] = torch.full((n,), float(low))
+            raise ValueError(f"{name}={value} must be a number or a range (low, high), or a number for each pattern")
+        said = f"{name} from {low:g} to {high:g}" if each else f"{name}={value}"
+        if name in _POSITIVE and not low > 0: raise ValueError(f"{said} must be positive")
+        if name not in _SIGNED and low < 0: raise ValueError(f"{said} must not be negative")
+        if math.isinf(high) and not (name in _LOGARITHMIC and (each or low == high)): raise ValueError(f"{said} must be finite")
+        if name == "strain" and low <= -0.5: raise ValueError(f"{said} must be above -0.5")
+        if name == "texture" and high > 10: raise ValueError(f"{said} must be at most 10")
+        if each or low == high:
+            settled[name] = torch.as_tensor(value, dtype=torch.float32).cpu() if each else torch.full((n,), float(low))
             continue
-        if generator is None: raise ValueError(f"{name}={value} is drawn for each pattern; give a generator")
+        if generator is None: raise ValueError(f"{said} is drawn for each pattern; give a generator")
         u = torch.rand(n, generator=generator)
         settled[name] = (math.log(low) + u * math.log(high / low)).exp() if name in _LOGARITHMIC else low + u * (high - low)
     least, most = _ends(m)
@@ -665,10 +669,19 @@ def draw_measurement(
     return Measurement(**settled)
 
 
+_EACH = Tensor | np.ndarray | list
+
+
+def _extent(v: Range) -> tuple[float, float]:
+    "The least and the most that a field can be."
+    if isinstance(v, _EACH): return tuple(t.item() for t in torch.as_tensor(v, dtype=torch.float32).aminmax())
+    return v if isinstance(v, tuple) and len(v) == 2 else (v, v)
+
+
 def _ends(m: str | Measurement) -> tuple[Measurement, Measurement]:
     "The least and the most of each field."
-    fields = MEASUREMENTS[m] if isinstance(m, str) else m
-    return tuple(Measurement(*(float(v[i] if isinstance(v, tuple | list) else v) for v in fields)) for i in (0, 1))
+    fields = [*map(_extent, MEASUREMENTS[m] if isinstance(m, str) else m)]
+    return tuple(Measurement(*(float(v[i]) for v in fields)) for i in (0, 1))
 
 
 def observe(
@@ -771,14 +784,14 @@ def peak_shape(
 
 
 def render(
-    r: Reflections,  # of 64 to 1,024 materials on a CPU, at 4,096 points: fewer at once, or more, are slower
+    r: Reflections,  # of 64 materials or more: fewer at once are slower
     measurement: str | Measurement = "ideal",  # ideal, lab, synchrotron, harsh, or one of your own
     two_theta: tuple[float, float] = TWO_THETA,  # degrees
     n_points: int = 4096,
     d_min: float = D_MIN,  # Å, where the reflections end; what lies beyond is not measured
     transform: str = "none",  # of patterns whose strongest point is 1: none, sqrt or log
     generator: torch.Generator | None = None,  # on the CPU; where the measurement draws random numbers
-    scaled: bool = True,  # False: peaks alone, in intensity per degree: the area of each is its intensity with Lorentz-polarisation
+    scaled: bool = True,  # False: peaks alone (no background, noise, transform), in intensity per degree; areas have Lorentz-polarisation
     compile: bool = False,  # by torch.compile, where many batches of one size are drawn: the first takes long, the others less; needs a C++ compiler
 ) -> Patterns:
     """Powder patterns of a batch, 0 where no line is near. Raises `ValueError` for what cannot be drawn; a GPU is not asked whether each material
@@ -809,7 +822,29 @@ def render(
     if compile:
         for t in (*r[:3], *([] if texture is None else [texture])): torch._dynamo.maybe_mark_dynamic(t, 0)
     settings = mixed, doublet, (low, high), axis, scaled, whole, transform
-    return Patterns(angle, *compute(r, m, ends, angle, texture, background, noise, *settings), m)
+    given, lot = (r, m, ends, angle, texture, background, noise), min(512, max(1, 2**21 // n_points))
+    if device.type != "cpu" or compile or mixed or r.n <= lot: return Patterns(angle, *compute(*given, *settings), m)
+    lots = [compute(*some, *settings) for some in _lots(lot, *given)]  # more at once take longer, and much memory
+    return Patterns(angle, *map(torch.cat, zip(*lots, strict=True)), m)
+
+
+def _lots(
+    lot: int,
+    r: Reflections,
+    m: Measurement,
+    ends: Tensor,
+    angle: Tensor,
+    texture: Tensor | None,
+    background: list[Tensor] | None,
+    noise: Tensor | None,
+) -> Iterator[tuple]:
+    "What `_drawn` wants, a few materials at a time."
+    first = torch.searchsorted(r.row, torch.arange(0, r.n + lot, lot)).tolist()
+    for i, (begin, end) in zip(range(0, r.n, lot), pairwise(first), strict=True):
+        j = min(i + lot, r.n)
+        some = Reflections(r.ln_d[begin:end], r.intensity[begin:end], r.row[begin:end] - i, j - i)
+        yield (some, Measurement(*(v[i:j] for v in m)), ends[i:j], angle, None if texture is None else texture[begin:end],
+               background and [background[0][i:j], background[1][:, i:j]], None if noise is None else noise[i:j])
 
 
 @cache
@@ -983,7 +1018,8 @@ def to_grid(
 ) -> Grid:
     "Patterns measured anywhere, on the model's grid. Raises `ValueError` for angles or a wavelength that cannot be."
     two_theta = torch.as_tensor(two_theta).double()
-    device, intensity = two_theta.device, torch.atleast_2d(torch.as_tensor(intensity)).double()
+    if isinstance(intensity, np.ma.MaskedArray): intensity = intensity.astype(float).filled(math.nan)
+    intensity = torch.atleast_2d(torch.as_tensor(intensity))
     if not (isinstance(wavelength, Real) and 0 < wavelength < math.inf):
         raise ValueError(f"the wavelength must be a positive number of Å, one for all patterns, not {wavelength}")
     if not (0 <= fwhm < math.inf and 0 <= monochromator < 180 and isinstance(points, Integral) and points >= 1):
@@ -993,22 +1029,26 @@ def to_grid(
     low, high, falls = two_theta[0], two_theta[-1], (two_theta.diff() <= 0).nonzero().flatten().tolist()
     if falls: raise ValueError(f"2θ must rise, but {two_theta[falls[0]]:g}° is followed by {two_theta[falls[0] + 1]:g}°")
     if not (0 < low and high < 180 and two_theta.isfinite().all()): raise ValueError(f"2θ from {low:g} to {high:g}° must be numbers within 0 to 180°")
-    known = intensity.isfinite()
-    empty = (~(known & (intensity > 0)).any(1)).nonzero().flatten().tolist()
-    if empty or not len(known): raise ValueError(f"pattern {empty[0]} has no point with a positive intensity" if empty else "there is no pattern")
-    sin = torch.deg2rad(two_theta / 2).sin()
-    d = wavelength / (2 * sin)
+    if not len(intensity): raise ValueError("there is no pattern")
+    d = wavelength / (2 * torch.deg2rad(two_theta / 2).sin())
     ln_q = (2 * math.pi / d).log()
     if ln_q[-1] <= LN_Q[0] or ln_q[0] >= LN_Q[1]:
         raise ValueError(f"nothing measured within the model's range, q = {math.exp(LN_Q[0]):.2f} to {math.exp(LN_Q[1]):.2f} Å⁻¹")
-    if device.type == "cpu":
-        _keep_memory()
-        if len(intensity) > 64:  # more at once take longer, and much memory
-            return Grid(*map(torch.cat, zip(*(to_grid(two_theta, some, wavelength, monochromator, points, fwhm) for some in intensity.split(64)))))
-    span = known.double()
-    ends = torch.stack([ln_q[span.argmax(1)], ln_q[len(ln_q) - 1 - span.flip(1).argmax(1)]], 1)
     weight = lorentz_polarisation(d) / lorentz_polarisation(d, wavelength, monochromator)
     weight = torch.where(d > CU_KA / 2, weight, 0.0)
+    if two_theta.device.type == "cpu": _keep_memory()
+    lots = intensity.split(64 if two_theta.device.type == "cpu" else 4096)  # more at once take longer, and much memory
+    lots, lit = zip(*(_gridded(two_theta, ln_q, some.double(), weight, points, fwhm) for some in lots), strict=True)
+    grid, dark = Grid(*map(torch.cat, zip(*lots, strict=True))), (~torch.cat(lit)).nonzero().flatten().tolist()
+    if dark: raise ValueError(f"no point with a positive intensity in {len(dark)} of {len(intensity)} patterns; the first is pattern {dark[0]}")
+    return grid
+
+
+def _gridded(two_theta: Tensor, ln_q: Tensor, intensity: Tensor, weight: Tensor, points: int, fwhm: float) -> tuple[Grid, Tensor]:
+    "The arithmetic of `to_grid`, and whether a pattern has a positive intensity (n,)."
+    device, known = two_theta.device, intensity.isfinite()
+    span = known.double()
+    ends = torch.stack([ln_q[span.argmax(1)], ln_q[len(ln_q) - 1 - span.flip(1).argmax(1)]], 1)
     y = torch.where(known, intensity, 0.0) * weight  # noise below 0 stays until it is smoothed
     area = torch.cat([torch.zeros(len(y), 1, device=device), ((y[:, 1:] + y[:, :-1]) / 2 * two_theta.diff()).cumsum(1)], 1)
     parts = torch.linspace(*LN_Q, 8 * N_WINDOWS * points + 1, dtype=torch.float64, device=device)
@@ -1028,4 +1068,4 @@ def to_grid(
     measured = (inside & ~gaps & ~(wide[1:] | wide[:-1])).view(len(y), N_WINDOWS, points).all(2)
     y = (density.clamp(min=0).view(len(y), N_WINDOWS, points) * measured[..., None]).flatten(1)
     y = (y / y.amax(1, keepdim=True).clamp(min=1e-30)).sqrt()
-    return Grid(y.view(len(y), N_WINDOWS, points).float(), measured, ends.clamp(*LN_Q).float())
+    return Grid(y.view(len(y), N_WINDOWS, points).float(), measured, ends.clamp(*LN_Q).float()), (known & (intensity > 0)).any(1)
