@@ -19,7 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xxact.diffraction import LN_Q, MEASUREMENTS, WAVELENGTHS, batch_reflections, ln_q_of, lorentz_polarisation, render
+from xxact.diffraction import (LN_Q, MEASUREMENTS, WAVELENGTHS, Measurement, batch_reflections, ln_q_of, lorentz_polarisation, reflections,
+                               render)
 from xxact.patterns import Pattern, as_pattern, even_grid, find_peaks, read_pattern, to_reflections, tube_lines, without_kalpha2
 from xxact.reproduce import main
 
@@ -256,7 +257,7 @@ def test_noise_gives_one_line(tmp_path_factory, begin, noise):
         rows("{:.2f} {}\n").replace("11.00 ", "11.00x"): "line 51 has not 2 columns",
         "5 1\n6 2\n" * 30: "up and down",
         "5 1\n5 2\n" * 30: "only 1 different",
-        "1 2\n3 4\n": "only 2 of 2 points",
+        "1 2\n3 4\n": "only 2 points",
         "".join(f"{i} 1\n" for i in range(170, 200)): "2θ up to 199° cannot be",
         "".join(f"{i // 9},{i},{i},1\n" for i in range(90)): "different angles",
         "".join(f"{i} nan\n" for i in range(1, 90)): "only 0 of 89 points are numbers",
@@ -598,6 +599,7 @@ def test_a_row_that_is_cut_is_told(tmp_path):
     "Energy (keV),Counts\n" + rows("{:.2f},{}\n"): "the columns are named 'Energy",
     "2Theta (rad),I\n" + rows("{:.2f},{}\n"): "2θ in degrees",
     "1 2 " * 60_000: "a line of 100,000 characters",
+    "#  r_mm   I\n" + rows("{:.2f} {}\n"): "the columns are named", "# d*2_A^-2   I\n" + rows("{:.2f} {}\n"): "the columns are named",
 }.items())  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
 def test_nothing_is_read_wrongly_in_silence(tmp_path, text, reason):
@@ -623,6 +625,7 @@ TABLE = list(zip(X, Y))
     "spec": "#L TwoTheta  Epoch  Detector\n" + rows("{:.2f} 7 {}\n"),
     **{words: f"# {words}\n" + rows("{:.2f} {}\n") for words in ("Time: 1s", "omega coupled", "Sample A-1", "Sample Q", "run 1/a")},
     "dos": rows("{:.2f} {}\r\n") + "\x1a",
+    "fit2d": "frame_0001.tif\n2-Theta Angle (Degrees)\nIntensity\n  " + f"{len(X)} 1\n" + rows("{:.2f} {}\n"),
 }.values())  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
 def test_what_people_export_is_read(tmp_path, text):
@@ -641,12 +644,40 @@ def test_what_people_export_is_read(tmp_path, text):
     ("Energy = 17.48 keV", 12.39842 / 17.48, None), ("energy (eV): 30000", 12.39842 / 30, None), ("photon energy=15keV", 12.39842 / 15, None),
     ("Threshold energy: 8 keV", 1.54184, None), ("Anode: Co\n# Energy discriminator: 5.0 - 11.0 keV", 1.79026, None),
     ("Anode: Co\n# Energy 9.5 keV", 1.79026, None), ("electron energy 8 GeV, 40 keV", 1.54184, None),
+    ('{\n#     "poni1": 0.1,\n#     "wavelength": 4.133e-11\n# }', 0.4133, None), ('{"dist": 0.2, "wavelength": 1e-10}', 1.0, None),
+    ("E = 30.0 keV", 12.39842 / 30, None), ("ring energy 3 GeV, photon energy: 30 keV, 200 mA", 12.39842 / 30, None),
 ])  # fmt: skip
 def test_the_header_says_the_wavelength(tmp_path, line, wavelength, kalpha2):
     path = tmp_path / "a.xy"
     path.write_text(f"# {line}\n" + rows("{:.2f} {}\n"))
     p = read_pattern(path)
     assert abs(p.wavelength - wavelength) < 1e-9 and p.metadata.get("kalpha2") == kalpha2
+
+
+@pytest.mark.parametrize("mark", [0.0, -1.0, -10.0])
+def test_gaps_of_a_detector_make_no_peaks(mark):
+    r, g = batch_reflections([reflections(np.eye(3) * 4.0, [[0, 0, 0]], [55])]), torch.Generator().manual_seed(0)
+    x, y = (t.squeeze().double().numpy() for t in render(r, Measurement(background=0.2, counts=1e4), generator=g)[:2])
+    y += 0.2
+    gaps = np.abs((x - 12.5) % 10) < 0.1
+    with pytest.warns(UserWarning, match=f"{gaps.sum()} points at {mark:g}, far below all others"): p = as_pattern(x, np.where(gaps, mark, y), "CuKa")
+    clean, seen = (find_peaks(p)[0] for p in (as_pattern(x, y, "CuKa"), p))
+    assert len(p.two_theta) == (~gaps).sum() and len(seen) <= len(clean) and np.abs(seen[:, None] - clean).min(1).max() < 0.05
+
+
+@pytest.mark.parametrize("y", {
+    "low counts": np.random.default_rng(0).poisson(2, 2000), "rounded": np.round(20 * np.exp(-(((np.arange(2000) % 200 - 100) / 60) ** 2))),
+    "stripped": np.random.default_rng(0).normal(0, 1, 2000).clip(0) + 50 * (np.arange(2000) % 300 < 9), "sticks": 9.0 * (np.arange(2000) % 200 == 0),
+    "one zero": np.arange(2000) % 500 + np.r_[0, np.full(1999, 100)],
+}.values())  # fmt: skip
+def test_zeros_that_are_intensities_stay(y):
+    assert len(as_pattern(np.linspace(5, 90, 2000), y, "CuKa").two_theta) == 2000
+
+
+@pytest.mark.parametrize("data", [b"\x89HDF\r\n\x1a\n" + bytes(99), b"\x93NUMPY\x01\0" + bytes(99)])
+def test_arrays_in_files_are_told(data, tmp_path):
+    (tmp_path / "scan.h5").write_bytes(data)
+    with pytest.raises(ValueError, match="scan.h5: is HDF5 or NumPy; give its arrays to `as_pattern`"): read_pattern(tmp_path / "scan.h5")
 
 
 def test_noise_is_no_peak():
@@ -777,7 +808,7 @@ def test_a_word_in_a_comment_is_a_hint_that_an_argument_overrules(tmp_path):
 
 @pytest.mark.parametrize(("name", "text", "said"), [
     ("a.xy", "5" * 99_000 + "x 1\n", "no two columns"),
-    ("b.uxd", "_FILEVERSION=1\n_START=5\n_STEPSIZE=0.02\n_COUNTS\n" + "\n" * 100_000 + "1 2 3\n", "only 3 of 3 points"),
+    ("b.uxd", "_FILEVERSION=1\n_START=5\n_STEPSIZE=0.02\n_COUNTS\n" + "\n" * 100_000 + "1 2 3\n", "only 3 points"),
     ("c.xrdml", f'<a xmlns="{"u" * 2000}">' + "".join(f"<b{i}/>" for i in range(2000)) + "</a>", "namespace"),
 ])
 def test_what_would_take_a_parser_forever_is_refused(name, text, said, tmp_path):

@@ -320,6 +320,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'xxact.patterns._begins_data': ('patterns.html#_begins_data', 'xxact/patterns.py'),
                                 'xxact.patterns._check_axis': ('patterns.html#_check_axis', 'xxact/patterns.py'),
                                 'xxact.patterns._check_known': ('patterns.html#_check_known', 'xxact/patterns.py'),
+                                'xxact.patterns._dead': ('patterns.html#_dead', 'xxact/patterns.py'),
                                 'xxact.patterns._decode': ('patterns.html#_decode', 'xxact/patterns.py'),
                                 'xxact.patterns._doublet': ('patterns.html#_doublet', 'xxact/patterns.py'),
                                 'xxact.patterns._encoding': ('patterns.html#_encoding', 'xxact/patterns.py'),

@@ -1012,7 +1012,7 @@ def to_grid(
     two_theta: Tensor,  # (k,) degrees, ascending
     intensity: Tensor,  # (n, k), without background; NaN where nothing was measured, where `render` gives 0: y.where(measured, math.nan)
     wavelength: float = CU_KA,  # Å; of a doublet that was not stripped its weighted mean
-    monochromator: float = 0.0,  # 2θ of the monochromator, degrees
+    monochromator: float = 0.0,  # its 2θ, degrees; 0: none, 90: wholly polarised, or polarisation was corrected
     points: int = WINDOW_POINTS,  # grid points a window
     fwhm: float = WINDOW_FWHM,  # Gaussian smoothing in ln q: the model's peak width, to which the instrument's own adds; 0: only by a grid point
 ) -> Grid:

@@ -69,6 +69,7 @@ def _one_scan(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_known(known: int, n: int, stacklevel: int) -> None:
     "Warn of points that are no numbers, or raise `ValueError` where they are too many."
+    if n < 10: raise ValueError(f"only {n} points; at least 10 are needed")
     if known < max(10, 0.5 * n): raise ValueError(f"only {known} of {n} points are numbers; at least 10 must be, and at least half")
     if known < n: warnings.warn(f"{n - known} of {n} points are no numbers and are left out", stacklevel=stacklevel)
 
@@ -97,6 +98,15 @@ def as_pattern(
     return _from_columns(x, y, wavelength, unit, metadata)
 
 
+def _dead(y: np.ndarray) -> np.ndarray:
+    "Points in a detector's gaps: runs of one number, 0 or below, in a pattern that comes nowhere else near 0."
+    at = y == y.min()
+    if y.min() > 0 or at.mean() > 1 / 3: return np.zeros_like(at)
+    runs, rest = np.flatnonzero(np.diff(at.astype(np.int8), prepend=0, append=0)).reshape(-1, 2) @ (-1, 1), y[~at]
+    far = max(0.1 * np.median(rest), 10 * np.diff(np.unique(rest), prepend=0).min())  # of rounded numbers the least are small multiples of one
+    return at if runs.min() >= 3 and rest.min() > far else np.zeros_like(at)
+
+
 def _merged(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Each angle once, with the mean of its intensities, written over the start of both: of ten million points every copy counts."
     n = i = 0
@@ -117,6 +127,9 @@ def _from_columns(x: np.ndarray, y: np.ndarray, wavelength: float | str | None, 
     known = np.isfinite(x) & np.isfinite(y)
     _check_known(known.sum(), len(x), 4)
     if not known.all(): x, y = x[known], y[known]
+    if (dead := _dead(y)).any():
+        warnings.warn(f"{dead.sum()} points at {y.min():g}, far below all others, are taken for gaps of the detector and left out", stacklevel=3)
+        x, y = x[~dead], y[~dead]
     if wavelength is None:
         warnings.warn("no wavelength is known: Cu Kα (1.54184 Å) is taken; give the wavelength", stacklevel=3)
         wavelength = CU_KA
@@ -126,7 +139,7 @@ def _from_columns(x: np.ndarray, y: np.ndarray, wavelength: float | str | None, 
     if unit != "two_theta":
         q = dict(q=x, q_nm=x / 10, d=2 * math.pi / np.where(x > 0, x, np.nan))[unit]
         sin = q * wavelength / (4 * math.pi)
-        if not (np.abs(sin) <= 1).all(): raise ValueError(f"{unit} up to {x.max():g} is beyond what {wavelength:g} Å can reach; is the unit right?")
+        if (np.abs(sin) > 1).any(): raise ValueError(f"{unit} up to {x.max():g} is out of reach at {wavelength:g} Å; are wavelength and unit right?")
         x = np.degrees(2 * np.arcsin(sin))
     if x[0] > x[-1]: x, y = x[::-1], y[::-1]
     x, y = _one_scan(x, y)
@@ -147,7 +160,8 @@ _NUMBER = re.compile(r"([+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf(inity
 _COLUMNS = dict(two_theta=("2theta", "twotheta", "2th", "tth", "2θ", "angle", "pos", "position", "theta"),
                 q=("q", "qvalue", "q1", "qa1", "q1a", "qinva"), q_nm=("qnm1", "q1nm", "qinvnm"), d=("d", "dspacing", "dvalue", "da"),
                 intensity=("intensity", "int", "i", "counts", "cps", "y", "yobs", "iobs", "obs", "detector"))
-_OTHER = re.compile(r"\b(energy|k?ev|time|omega|chi|phi|sin|rad|radians|scattering|tof|channel|s)\b", re.IGNORECASE)  # that are no 2θ, q or d
+_OTHER = re.compile(r"\b(energy|k?ev|time|omega|chi|phi|sin|rad|radians|scattering|tof|channel|mm|pixels?|radius|s)\b|\bd\*",
+                    re.IGNORECASE)  # that are no 2θ, q or d
 _RECIPROCAL = re.compile(r"""^[\s#'!;/*"]*q($|[\s,;"(\[/])|wave[ ]?vector|momentum|(Å|\ba|angstrom|nm)\s*\)?\s*(\^\s*\{?\s*[-⁻]\s*1|⁻¹)
                              |[(\[]\s*\\?(Å|a|angstrom|nm)\s*-1\s*[)\]]|[(\[]\s*1\s*/\s*\\?(Å|a|nm)\w*\s*[)\]]|\b1\s*/\s*(Å|nm)""",
                          re.IGNORECASE | re.VERBOSE)  # that are q
@@ -253,6 +267,7 @@ def _read_columns(lines: Iterator[str]) -> Scan:
         for column, some in zip(table, values[np.isfinite(values[:, :2]).all(1)].T, strict=True): column.frombytes(some.tobytes())
     _check_known(len(table[0]), n_rows, 5)
     x, y, *d = map(np.frombuffer, table)
+    if len(x) > 181 and x[0] == len(x) - 1: x, y, *d = (column[1:] for column in (x, y, *d))  # a line that says how many follow
     wavelength, metadata = _header_wavelength(head)
     if d: wavelength = float(np.median(2 * d[0] * np.sin(np.radians(x / 2))))
     return Scan(x, y, wavelength, dict(format="columns") | metadata, unit, hint)
@@ -274,17 +289,20 @@ def _header_wavelength(head: list[str]) -> tuple[float | None, dict]:  # Å; ano
         what, of = r"\b(Cu|Mo|Co|Cr|Fe|Ag)(?:\b|K)", "(?:anode|target|tube|radiation)"
         tube = says(rf"{what}\W?\w*\W?{of}\b") or says(rf"{of}(?:(?!filter)[^\n]){{0,20}}?{what}(?!\s*filter)")
         if tube: metadata["anode"] = tube[1].capitalize()
-        energy = says(r"\benergy\W{0,3}(?:\((k?)ev\)\W*)?(\d+(?:[.,]\d+)?(?:e\d)?)\s*(k?)(?:ev\b)?") if says(r"(\b|\d)k?ev\b") else None
-        if energy and not says("threshold|window|range|resolution|detector|discriminat|limit|lower|upper|electron|ring"):
-            kev = float(energy[2].replace(",", ".")) / (1 if energy[1] or energy[3] else 1000)
-            if 4 <= kev <= 120: of_energy = 12.39842 / kev  # hc in keV Å
+        for part in re.split(r"[,;]\s", line) if says(r"(\b|\d)k?ev\b") else ():
+            number = r"\b(?:energy|E(?=\s*[=:]))\W{0,3}(?:\((k?)ev\)\W*)?(\d+(?:[.,]\d+)?(?:e\d)?)\s*(k?)(?:ev\b)?"
+            other = "threshold|window|range|resolution|detector|discriminat|limit|lower|upper|electron|ring"
+            if (energy := re.search(number, part, re.IGNORECASE)) and not re.search(other, part, re.IGNORECASE):
+                kev = float(energy[2].replace(",", ".")) / (1 if energy[1] or energy[3] else 1000)
+                if 4 <= kev <= 120: of_energy = 12.39842 / kev  # hc in keV Å
         keyword = says(r"wave[\s_]*length|lambda|λ|k-?alpha")
         if not keyword: continue
-        after, number = line[keyword.end() :], r"(?<![\d.])\d+[.,]\d+(?:e-?\d+)?(?!\d|\s*mm\b)"
+        after, number = line[keyword.end() :], r"(?<![\d.])\d+(?:[.,]\d+(?:e-?\d+)?|e-\d+)(?!\d|\s*mm\b)"
         if re.search(r"range|step|beta|ratio|detector|selector|slit", line[: keyword.end()] + re.split(number, after)[0], re.IGNORECASE): continue
-        scale = 10 if re.search(r"\bnm\b(?!-)", line) else 1e10 if re.search(r"\bm\b", line) else 1
+        found = [float(v.replace(",", ".")) for v in re.findall(number, after, re.IGNORECASE)]
+        scale = 10 if re.search(r"\bnm\b(?!-)", line) else 1
         least, most = (0.01, 10) if says("Å|angstrom") else (0.1, 3)
-        values = [v for v in (scale * float(v.replace(",", ".")) for v in re.findall(number, after, re.IGNORECASE)) if least <= v <= most]
+        values = [v for v in (v * (1e10 if v < 1e-8 else scale) for v in found) if least <= v <= most]  # in m, nm or Å
         if not values:
             if not tube: warnings.warn(f"the wavelength is not understood: {line.strip()[:60]!r}", stacklevel=4)
         elif says(r"alpha-?\s?2") and not says(r"alpha-?\s?1"): metadata["kalpha2"] = values[0]
@@ -549,6 +567,7 @@ def _read(path: Path) -> Scan:
         with zipfile.ZipFile(_limited(path)) as archive:
             return (_read_rasx if any(re.search(r"Profile\d+\.txt$", n) for n in archive.namelist()) else _read_brml)(archive)
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")): raise ValueError("is compressed; unpack it first")
+    if head.startswith((b"\x89HDF", b"\x93NUMPY")): raise ValueError("is HDF5 or NumPy; give its arrays to `as_pattern`, or export frames as text")
     if head.startswith(b"RAW4.00"): return _read_raw4(whole())
     if head.startswith(b"RAW_1."): raise ValueError("is STOE's raw format, which no maintained library reads; export the scan as text")
     encoding = _encoding(head)
@@ -781,7 +800,7 @@ def to_reflections(
     p: Pattern,
     remove_background: bool = True,
     strip_kalpha2: bool | None = None,  # None: where the file names it, or the wavelength is the mean of a tube's; True: in any case; False: not
-    monochromator: float = 0.0,  # 2θ of the monochromator, degrees; 0: none
+    monochromator: float = 0.0,  # its 2θ, degrees; 0: none, 90: wholly polarised, or polarisation was corrected
 ) -> Measured:
     "The reflections that a measured pattern shows. Raises `ValueError` where it shows none within the model's range."
     if not isinstance(p, Pattern): raise ValueError(f"a Pattern is needed, as `read_pattern` returns it, not a {type(p).__name__}")
