@@ -410,6 +410,10 @@ def test_each_pattern_can_have_a_measurement_of_its_own():
     for i, (size, e, d) in enumerate(zip(sizes, strain, (0.1, 0.0, -0.1), strict=True)):
         alone = render(batch_reflections([reflections(*random_crystal(i))]), Measurement(crystallite_size=size, strain=float(e), displacement=d))
         assert (together.intensity[i] - alone.intensity[0]).abs().max() < 0.02  # the axis is as fine as the sharpest of a batch needs
+    backwards = render(r, Measurement(crystallite_size=sizes, strain=strain[::-1][::-1].astype(">f8"), displacement=[0.1, 0.0, -0.1]))
+    assert torch.equal(backwards.intensity, together.intensity)
+    ends = draw_measurement(Measurement(two_theta_min=[10, 50, 10], two_theta_max=[40, 90, 40]), 3)
+    assert ends.two_theta_max.tolist() == [40, 90, 40]
     again = render(r, together.measurement)
     assert torch.equal(again.intensity, together.intensity)
     lab = render(r, "harsh", generator=seeded(0))
@@ -417,9 +421,12 @@ def test_each_pattern_can_have_a_measurement_of_its_own():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (dict(strain=[0.0, 0.01]), "strain has the shape (2,); (3,), one for each pattern"), (dict(wavelength=torch.zeros(3)), "wavelength from 0 to 0"),
+    (dict(strain=[0.0, 0.01]), "strain has the shape (2,); (3,), one a pattern,"), (dict(wavelength=torch.zeros(3)), "wavelength from 0 to 0"),
     (dict(hump=np.array([0, 1, math.nan])), "hump="), (dict(microstrain=[0.0, 0.0, math.inf]), "microstrain from 0 to inf must be finite"),
     (dict(texture=[0.0, 20.0, 0.0]), "texture from 0 to 20 must be at most 10"), (dict(strain=torch.zeros(3, 1)), "strain has the shape (3, 1)"),
+    (dict(strain=[0.0, "a", 0.0]), "strain must be numbers, one for each pattern"), (dict(strain=[]), "strain has the shape (0,)"),
+    (dict(strain=np.ma.masked_array([0, 9, 0.01], [0, 1, 0])), "strain="), (dict(wavelength=torch.tensor(1.5)), "wavelength has the shape ()"),
+    (dict(two_theta_min=[10, 50, 10], two_theta_max=[40, 50, 40]), "two_theta_max must be above two_theta_min in each pattern"),
 ])
 def test_measurements_of_each_pattern_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)): draw_measurement(Measurement(**changes), 3)
@@ -481,6 +488,21 @@ def test_memory_is_kept_from_batch_to_batch(work):
     badly = os.environ | dict(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
     done = subprocess.run([sys.executable, "-c", PAGES + WORK[work]], stdout=subprocess.PIPE, text=True, check=True, env=badly)
     assert int(done.stdout) < 10_000
+
+
+LARGE = dict(
+    render=(700, "lists = [(np.linspace(8, 1.1, 90), np.ones(90))] * 4096", "render(batch_reflections(lists), 'lab', generator=seeded(0))"),
+    to_grid=(150, "x, y = torch.linspace(5, 90, 8500), torch.ones(3000, 8500)", "to_grid(x, y)"),
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted in kB on Linux")
+@pytest.mark.parametrize("most, given, work", LARGE.values(), ids=LARGE)
+def test_large_batches_take_little_memory(most, given, work):
+    most_now = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss"
+    code = "\n".join([PAGES, "from xxact.diffraction import to_grid", given, f"before = {most_now}", work, f"print({most_now} - before)"])
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    assert int(done.stdout) / 1024 < most
 
 
 @needs_gpu

@@ -599,7 +599,7 @@ def test_a_row_that_is_cut_is_told(tmp_path):
     "Energy (keV),Counts\n" + rows("{:.2f},{}\n"): "the columns are named 'Energy",
     "2Theta (rad),I\n" + rows("{:.2f},{}\n"): "2θ in degrees",
     "1 2 " * 60_000: "a line of 100,000 characters",
-    "#  r_mm   I\n" + rows("{:.2f} {}\n"): "the columns are named", "# d*2_A^-2   I\n" + rows("{:.2f} {}\n"): "the columns are named",
+    **{f"{title}\n" + rows("{:.2f} {}\n"): "the columns are named" for title in ("#  r_mm   I", "r (mm)  I", "# d*2_A^-2  I", "radius\tI")},
 }.items())  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
 def test_nothing_is_read_wrongly_in_silence(tmp_path, text, reason):
@@ -622,7 +622,8 @@ TABLE = list(zip(X, Y))
     "thousands": '2theta,counts\n' + rows('{:.2f},"0,{:03d}"\n'),
     "quoted decimal commas": "".join(f'"{x:.2f}"'.replace(".", ",") + f',"{y},0"\n' for x, y in TABLE),
     "words with one blank": "2 theta   Ycalc   Yobs\n" + rows("{:.2f} 7 {}\n"),
-    "spec": "#L TwoTheta  Epoch  Detector\n" + rows("{:.2f} 7 {}\n"),
+    "spec": "#L TwoTheta  Epoch  Detector\n" + rows("{:.2f} 7 {}\n"), "pixels": "2theta pixels\tI_radius\n" + rows("{:.2f}\t{}\n"),
+    "pixel and angle": "Pixel,2Theta,Intensity\n" + "".join(f"{i},{x:.2f},{y}\n" for i, (x, y) in enumerate(TABLE)),
     **{words: f"# {words}\n" + rows("{:.2f} {}\n") for words in ("Time: 1s", "omega coupled", "Sample A-1", "Sample Q", "run 1/a")},
     "dos": rows("{:.2f} {}\r\n") + "\x1a",
     "fit2d": "frame_0001.tif\n2-Theta Angle (Degrees)\nIntensity\n  " + f"{len(X)} 1\n" + rows("{:.2f} {}\n"),
@@ -646,6 +647,11 @@ def test_what_people_export_is_read(tmp_path, text):
     ("Anode: Co\n# Energy 9.5 keV", 1.79026, None), ("electron energy 8 GeV, 40 keV", 1.54184, None),
     ('{\n#     "poni1": 0.1,\n#     "wavelength": 4.133e-11\n# }', 0.4133, None), ('{"dist": 0.2, "wavelength": 1e-10}', 1.0, None),
     ("E = 30.0 keV", 12.39842 / 30, None), ("ring energy 3 GeV, photon energy: 30 keV, 200 mA", 12.39842 / 30, None),
+    ("energy = 30 keV, edge energy = 7.112 keV", 12.39842 / 30, None), ("Energy (keV), 20.0", 12.39842 / 20, None),
+    ("Energy, 20 keV", 12.39842 / 20, None), ("wavelength [1e-10m]: 0.7", 0.7, None), ("lambda tolerance 1e-10", 1.54184, None),
+    *((words, 1.54184, None) for words in ("Detector threshold, E = 8 keV", "Storage ring, energy 6 keV",
+                                           "Delta E = 10 keV", "scan E: 10 keV to 20 keV", "edge E = 11.1 keV")),
+    ('{"detector": "Eiger", "dist": 0.2, "wavelength": 4.133e-11}', 0.4133, None), ("wavelength (x1e-10 m) = 1.5406", 1.5406, None),
 ])  # fmt: skip
 def test_the_header_says_the_wavelength(tmp_path, line, wavelength, kalpha2):
     path = tmp_path / "a.xy"
@@ -655,23 +661,35 @@ def test_the_header_says_the_wavelength(tmp_path, line, wavelength, kalpha2):
 
 
 @pytest.mark.parametrize("mark", [0.0, -1.0, -10.0])
-def test_gaps_of_a_detector_make_no_peaks(mark):
+def test_gaps_of_a_detector_are_told(mark):
     r, g = batch_reflections([reflections(np.eye(3) * 4.0, [[0, 0, 0]], [55])]), torch.Generator().manual_seed(0)
     x, y = (t.squeeze().double().numpy() for t in render(r, Measurement(background=0.2, counts=1e4), generator=g)[:2])
-    y += 0.2
     gaps = np.abs((x - 12.5) % 10) < 0.1
-    with pytest.warns(UserWarning, match=f"{gaps.sum()} points at {mark:g}, far below all others"): p = as_pattern(x, np.where(gaps, mark, y), "CuKa")
-    clean, seen = (find_peaks(p)[0] for p in (as_pattern(x, y, "CuKa"), p))
-    assert len(p.two_theta) == (~gaps).sum() and len(seen) <= len(clean) and np.abs(seen[:, None] - clean).min(1).max() < 0.05
+    y = np.where(gaps, mark, y + 0.2)
+    with pytest.warns(UserWarning, match=f"{gaps.sum()} points are {mark:g}, far below all others: make them NaN"): as_pattern(x, y, "CuKa")
+    with pytest.warns(UserWarning, match="no numbers") as said: as_pattern(x, np.where(gaps, np.nan, y), "CuKa")
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("y", {
     "low counts": np.random.default_rng(0).poisson(2, 2000), "rounded": np.round(20 * np.exp(-(((np.arange(2000) % 200 - 100) / 60) ** 2))),
     "stripped": np.random.default_rng(0).normal(0, 1, 2000).clip(0) + 50 * (np.arange(2000) % 300 < 9), "sticks": 9.0 * (np.arange(2000) % 200 == 0),
-    "one zero": np.arange(2000) % 500 + np.r_[0, np.full(1999, 100)],
+    "one zero": np.arange(2000) % 500 + np.r_[0, np.full(1999, 100)], "constant": np.zeros(2000),
+    "small multiples": 7.0 * (1 + np.random.default_rng(0).poisson(9, 2000)) * (np.arange(2000) % 400 > 9),
+    "fading": np.exp(-np.arange(2000) / 200) * (np.arange(2000) < 1900),
 }.values())  # fmt: skip
-def test_zeros_that_are_intensities_stay(y):
-    assert len(as_pattern(np.linspace(5, 90, 2000), y, "CuKa").two_theta) == 2000
+def test_zeros_that_are_intensities_are_not_told(y):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        as_pattern(np.linspace(5, 90, 2000), y, "CuKa")
+
+
+@pytest.mark.parametrize("where", [0, 200, 399])
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_d_spacing_of_nothing_is_refused(where, value):
+    d = np.linspace(10, 1, 400)
+    d[where] = value
+    with pytest.raises(ValueError, match=f"d from {value:g} to .* is not in reach"): as_pattern(d, np.arange(400) + 5.0, 1.54184, "d")
 
 
 @pytest.mark.parametrize("data", [b"\x89HDF\r\n\x1a\n" + bytes(99), b"\x93NUMPY\x01\0" + bytes(99)])

@@ -62,6 +62,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'xxact.diffraction._check_crystals': ('diffraction.html#_check_crystals', 'xxact/diffraction.py'),
                                    'xxact.diffraction._compiled': ('diffraction.html#_compiled', 'xxact/diffraction.py'),
                                    'xxact.diffraction._drawn': ('diffraction.html#_drawn', 'xxact/diffraction.py'),
+                                   'xxact.diffraction._each': ('diffraction.html#_each', 'xxact/diffraction.py'),
                                    'xxact.diffraction._elements_of': ('diffraction.html#_elements_of', 'xxact/diffraction.py'),
                                    'xxact.diffraction._ends': ('diffraction.html#_ends', 'xxact/diffraction.py'),
                                    'xxact.diffraction._extent': ('diffraction.html#_extent', 'xxact/diffraction.py'),

@@ -578,7 +578,8 @@ def draw_limits(
     return (4 * math.pi / CU_KA * torch.deg2rad(two_theta / 2).sin()).log()
 
 # %% ../nbs/01_diffraction.ipynb #5fc0d134
-Range = float | tuple[float, float] | Sequence[float]
+_EACH = list | np.ndarray | Tensor
+Range = float | tuple[float, float] | _EACH
 
 
 class Measurement(NamedTuple):
@@ -643,12 +644,12 @@ def draw_measurement(
     if isinstance(m, str) and m not in MEASUREMENTS: raise ValueError(f"measurement {m!r} does not exist; choose from {', '.join(MEASUREMENTS)}")
     if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
         raise ValueError(f"generator={generator!r} must be a torch.Generator on the CPU, such as torch.Generator().manual_seed(0)")
-    settled = {}
-    for name, value in (MEASUREMENTS[m] if isinstance(m, str) else m)._asdict().items():
-        each = isinstance(value, _EACH)
-        if each and np.shape(value) != (n,):
-            raise ValueError(f"{name} has the shape {tuple(np.shape(value))}; ({n},), one for each pattern, or a tuple (low, high) is needed")
-        low, high = _extent(value)
+    settled, m = {}, MEASUREMENTS[m] if isinstance(m, str) else m
+    for name, value in m._asdict().items():
+        if each := isinstance(value, _EACH):
+            value = _each(name, value)
+            if value.shape != (n,): raise ValueError(f"{name} has the shape {value.shape}; ({n},), one a pattern, or a tuple (low, high) is needed")
+        low, high = _extent(name, value)
         if not (isinstance(low, Real) and isinstance(high, Real) and low <= high):
             raise ValueError(f"{name}={value} must be a number or a range (low, high), or a number for each pattern")
         said = f"{name} from {low:g} to {high:g}" if each else f"{name}={value}"
@@ -658,29 +659,36 @@ def draw_measurement(
         if name == "strain" and low <= -0.5: raise ValueError(f"{said} must be above -0.5")
         if name == "texture" and high > 10: raise ValueError(f"{said} must be at most 10")
         if each or low == high:
-            settled[name] = torch.as_tensor(value, dtype=torch.float32).cpu() if each else torch.full((n,), float(low))
+            settled[name] = torch.from_numpy(value) if each else torch.full((n,), float(low))
             continue
         if generator is None: raise ValueError(f"{said} is drawn for each pattern; give a generator")
         u = torch.rand(n, generator=generator)
         settled[name] = (math.log(low) + u * math.log(high / low)).exp() if name in _LOGARITHMIC else low + u * (high - low)
     least, most = _ends(m)
-    if least.two_theta_max <= most.two_theta_min:
+    settled = Measurement(**settled)
+    if isinstance(m.two_theta_min, _EACH) and isinstance(m.two_theta_max, _EACH):
+        if not (settled.two_theta_max > settled.two_theta_min).all(): raise ValueError("two_theta_max must be above two_theta_min in each pattern")
+    elif least.two_theta_max <= most.two_theta_min:
         raise ValueError(f"two_theta_max={least.two_theta_max} must be above all of two_theta_min, {most.two_theta_min:g}")
-    return Measurement(**settled)
+    return settled
 
 
-_EACH = Tensor | np.ndarray | list
+def _each(name: str, v: _EACH) -> np.ndarray:
+    "One number for each pattern, of its own memory; what is masked is NaN."
+    if isinstance(v, Tensor): v = v.detach().cpu().float().numpy()
+    try: return np.array(np.ma.asarray(v, np.float32).filled(np.nan))
+    except (TypeError, ValueError): raise ValueError(f"{name} must be numbers, one for each pattern, or a range as a tuple (low, high)") from None
 
 
-def _extent(v: Range) -> tuple[float, float]:
+def _extent(name: str, v: Range) -> tuple[float, float]:
     "The least and the most that a field can be."
-    if isinstance(v, _EACH): return tuple(t.item() for t in torch.as_tensor(v, dtype=torch.float32).aminmax())
+    if isinstance(v, _EACH): return (float((v := _each(name, v)).min()), float(v.max())) if np.size(v) else (math.nan, math.nan)
     return v if isinstance(v, tuple) and len(v) == 2 else (v, v)
 
 
 def _ends(m: str | Measurement) -> tuple[Measurement, Measurement]:
     "The least and the most of each field."
-    fields = [*map(_extent, MEASUREMENTS[m] if isinstance(m, str) else m)]
+    fields = [_extent(*field) for field in (MEASUREMENTS[m] if isinstance(m, str) else m)._asdict().items()]
     return tuple(Measurement(*(float(v[i]) for v in fields)) for i in (0, 1))
 
 
@@ -784,7 +792,7 @@ def peak_shape(
 
 
 def render(
-    r: Reflections,  # of 64 materials or more: fewer at once are slower
+    r: Reflections,  # of 64 materials or more, with a second phase up to 1,024: others are slower
     measurement: str | Measurement = "ideal",  # ideal, lab, synchrotron, harsh, or one of your own
     two_theta: tuple[float, float] = TWO_THETA,  # degrees
     n_points: int = 4096,
@@ -803,7 +811,7 @@ def render(
     if not (isinstance(n_points, Integral) and 2 <= n_points <= 10**6): raise ValueError(f"n_points={n_points} must be a whole number, 2 to 10⁶")
     if not (isinstance(d_min, Real) and d_min > 0): raise ValueError(f"d_min={d_min} Å must be a positive number")
     if transform not in _TRANSFORMS: raise ValueError(f"transform={transform!r} does not exist; choose from {', '.join(_TRANSFORMS)}")
-    device = r.ln_d.device
+    device, n_points = r.ln_d.device, int(n_points)
     if not r.n or (device.type == "cpu" and not (torch.bincount(r.row, minlength=r.n) > 0).all()):
         raise ValueError("a material has no reflections to draw")
     if device.type == "cpu": _keep_memory()

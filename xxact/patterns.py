@@ -98,13 +98,13 @@ def as_pattern(
     return _from_columns(x, y, wavelength, unit, metadata)
 
 
-def _dead(y: np.ndarray) -> np.ndarray:
-    "Points in a detector's gaps: runs of one number, 0 or below, in a pattern that comes nowhere else near 0."
+def _dead(y: np.ndarray) -> int:
+    "How many points are likely to lie in a detector's gaps: runs of one number, 0 or below, in a pattern that comes nowhere else near 0."
     at = y == y.min()
-    if y.min() > 0 or at.mean() > 1 / 3: return np.zeros_like(at)
+    if y.min() > 0 or at.mean() > 1 / 3: return 0
     runs, rest = np.flatnonzero(np.diff(at.astype(np.int8), prepend=0, append=0)).reshape(-1, 2) @ (-1, 1), y[~at]
     far = max(0.1 * np.median(rest), 10 * np.diff(np.unique(rest), prepend=0).min())  # of rounded numbers the least are small multiples of one
-    return at if runs.min() >= 3 and rest.min() > far else np.zeros_like(at)
+    return at.sum() if runs.min() >= 3 and rest.min() > far else 0
 
 
 def _merged(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -127,9 +127,7 @@ def _from_columns(x: np.ndarray, y: np.ndarray, wavelength: float | str | None, 
     known = np.isfinite(x) & np.isfinite(y)
     _check_known(known.sum(), len(x), 4)
     if not known.all(): x, y = x[known], y[known]
-    if (dead := _dead(y)).any():
-        warnings.warn(f"{dead.sum()} points at {y.min():g}, far below all others, are taken for gaps of the detector and left out", stacklevel=3)
-        x, y = x[~dead], y[~dead]
+    if n := _dead(y): warnings.warn(f"{n} points are {y.min():g}, far below all others: make them NaN if the detector has gaps there", stacklevel=3)
     if wavelength is None:
         warnings.warn("no wavelength is known: Cu Kα (1.54184 Å) is taken; give the wavelength", stacklevel=3)
         wavelength = CU_KA
@@ -139,7 +137,8 @@ def _from_columns(x: np.ndarray, y: np.ndarray, wavelength: float | str | None, 
     if unit != "two_theta":
         q = dict(q=x, q_nm=x / 10, d=2 * math.pi / np.where(x > 0, x, np.nan))[unit]
         sin = q * wavelength / (4 * math.pi)
-        if (np.abs(sin) > 1).any(): raise ValueError(f"{unit} up to {x.max():g} is out of reach at {wavelength:g} Å; are wavelength and unit right?")
+        if not (np.abs(sin) <= 1).all():
+            raise ValueError(f"{unit} from {x.min():g} to {x.max():g} is not in reach at {wavelength:g} Å; are wavelength and unit right?")
         x = np.degrees(2 * np.arcsin(sin))
     if x[0] > x[-1]: x, y = x[::-1], y[::-1]
     x, y = _one_scan(x, y)
@@ -160,8 +159,8 @@ _NUMBER = re.compile(r"([+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf(inity
 _COLUMNS = dict(two_theta=("2theta", "twotheta", "2th", "tth", "2θ", "angle", "pos", "position", "theta"),
                 q=("q", "qvalue", "q1", "qa1", "q1a", "qinva"), q_nm=("qnm1", "q1nm", "qinvnm"), d=("d", "dspacing", "dvalue", "da"),
                 intensity=("intensity", "int", "i", "counts", "cps", "y", "yobs", "iobs", "obs", "detector"))
-_OTHER = re.compile(r"\b(energy|k?ev|time|omega|chi|phi|sin|rad|radians|scattering|tof|channel|mm|pixels?|radius|s)\b|\bd\*",
-                    re.IGNORECASE)  # that are no 2θ, q or d
+_OTHER = re.compile(r"\b(energy|k?ev|time|omega|chi|phi|sin|rad|radians|scattering|tof|channel|s)\b", re.IGNORECASE)  # that are no 2θ, q or d
+_RADIAL = re.compile(r"\W*(d\*|radius|r?[\W_]*(mm|pixels?)\b)", re.IGNORECASE)  # nor a title that begins so
 _RECIPROCAL = re.compile(r"""^[\s#'!;/*"]*q($|[\s,;"(\[/])|wave[ ]?vector|momentum|(Å|\ba|angstrom|nm)\s*\)?\s*(\^\s*\{?\s*[-⁻]\s*1|⁻¹)
                              |[(\[]\s*\\?(Å|a|angstrom|nm)\s*-1\s*[)\]]|[(\[]\s*1\s*/\s*\\?(Å|a|nm)\w*\s*[)\]]|\b1\s*/\s*(Å|nm)""",
                          re.IGNORECASE | re.VERBOSE)  # that are q
@@ -220,7 +219,8 @@ def _pick_columns(head: list[str], rows: list[str], separator: str | None) -> tu
     names = _named_columns(titles)
     unit = next((u for u in UNITS if u in names), None) if "intensity" in names else None
     said, comment = title.replace("_", " "), title.lstrip()[:1] in "#'!;/*" and "intensity" not in names
-    if titles and not comment and _OTHER.search(said) and (unit is None or re.search(r"\brad(ians)?\b", said, re.IGNORECASE)):
+    other = _OTHER.search(said) and (unit is None or re.search(r"\brad(ians)?\b", said, re.IGNORECASE))
+    if titles and not comment and (other or _RADIAL.match(titles[names[unit] if unit else 0])):
         raise ValueError(f"the columns are named {title.strip()[:60]!r}; 2θ in degrees, q or d, and an intensity are needed")
     if unit:
         if re.match(r"\W*theta\b", titles[names[unit]].lower()): warnings.warn("the column 'theta' is taken for 2θ", stacklevel=5)
@@ -289,16 +289,19 @@ def _header_wavelength(head: list[str]) -> tuple[float | None, dict]:  # Å; ano
         what, of = r"\b(Cu|Mo|Co|Cr|Fe|Ag)(?:\b|K)", "(?:anode|target|tube|radiation)"
         tube = says(rf"{what}\W?\w*\W?{of}\b") or says(rf"{of}(?:(?!filter)[^\n]){{0,20}}?{what}(?!\s*filter)")
         if tube: metadata["anode"] = tube[1].capitalize()
-        for part in re.split(r"[,;]\s", line) if says(r"(\b|\d)k?ev\b") else ():
-            number = r"\b(?:energy|E(?=\s*[=:]))\W{0,3}(?:\((k?)ev\)\W*)?(\d+(?:[.,]\d+)?(?:e\d)?)\s*(k?)(?:ev\b)?"
-            other = "threshold|window|range|resolution|detector|discriminat|limit|lower|upper|electron|ring"
-            if (energy := re.search(number, part, re.IGNORECASE)) and not re.search(other, part, re.IGNORECASE):
-                kev = float(energy[2].replace(",", ".")) / (1 if energy[1] or energy[3] else 1000)
-                if 4 <= kev <= 120: of_energy = 12.39842 / kev  # hc in keV Å
+        number, energy = r"\W{0,3}(?:\((k?)ev\)\W*)?(\d+(?:[.,]\d+)?(?:e\d)?)\s*(k?)(?:ev\b)?", None
+        if says(r"(\b|\d)k?ev\b"):
+            energy = says(rf"\b(?:photon|x-?ray|incident)[\s_]energy{number}")
+            if not says("threshold|window|range|resolution|detector|discriminat|limit|lower|upper|electron|ring"):
+                energy = energy or says(rf"(?:\benergy|^\W*E(?=\s*[=:])){number}")
+        if energy:
+            kev = float(energy[2].replace(",", ".")) / (1 if energy[1] or energy[3] else 1000)
+            if 4 <= kev <= 120: of_energy = 12.39842 / kev  # hc in keV Å
         keyword = says(r"wave[\s_]*length|lambda|λ|k-?alpha")
         if not keyword: continue
-        after, number = line[keyword.end() :], r"(?<![\d.])\d+(?:[.,]\d+(?:e-?\d+)?|e-\d+)(?!\d|\s*mm\b)"
-        if re.search(r"range|step|beta|ratio|detector|selector|slit", line[: keyword.end()] + re.split(number, after)[0], re.IGNORECASE): continue
+        after, number = line[keyword.end() :], r"(?<![\d.])(?:\d+[.,]\d+(?:e-?\d+)?|(?:(?<=[:=])|(?<=[:=] ))\d+e-\d+)(?!\d|\s*mm\b)"
+        about = line[: keyword.end()].rpartition(", ")[2] + re.split(number, after)[0]
+        if re.search(r"range|step|beta|ratio|detector|selector|slit", about, re.IGNORECASE): continue
         found = [float(v.replace(",", ".")) for v in re.findall(number, after, re.IGNORECASE)]
         scale = 10 if re.search(r"\bnm\b(?!-)", line) else 1
         least, most = (0.01, 10) if says("Å|angstrom") else (0.1, 3)
